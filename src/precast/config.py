@@ -1,0 +1,379 @@
+"""What a user may set: frozen plain data, checked on creation, and where each value came from.
+
+The only module that reads environment variables and configuration files. It does not choose
+compilers or caches, and does not import torch: names are turned into objects by `plugins.py`, and
+`api.py` joins the parts.
+
+Precedence: argument, environment (`PRECAST_*`), `[tool.precast]` in pyproject.toml, user file
+(`~/.config/precast/config.toml`), default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from precast.errors import ConfigError
+from precast.values import Value
+
+TYPE_CHECKING = False  # As in `values.py`: `typing` and `pathlib` are too dear to import here.
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any, ClassVar, Literal
+
+
+class Setting(Value, kw_only=True):
+    """The rule of one field: what it accepts, in words and as a check.
+
+    `in_key`: another value asks for another assembly. Limits, cache, background and monitoring do
+    not. The key of a *piece* holds no setting at all: its text shows the cut, and the compiler's
+    identity its options, so that pieces are shared between configurations.
+    """
+
+    wanted: str
+    accepts: Callable[[Any], bool]
+    remedy: str = "Leave it out for the default"
+    in_key: bool = False
+
+
+def _flag(in_key: bool = False) -> Setting:
+    return Setting(
+        wanted="True or False",
+        accepts=lambda value: isinstance(value, bool),
+        remedy="Write true or false (1 or 0 in the environment)",
+        in_key=in_key,
+    )
+
+
+def _choice(*names: str, in_key: bool = False) -> Setting:
+    return Setting(
+        wanted="one of " + ", ".join(map(repr, names)),
+        accepts=lambda value: isinstance(value, str) and value in names,
+        in_key=in_key,
+    )
+
+
+_PATHS = (str, os.PathLike)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_named(value: object) -> bool:
+    """Tell a name or an object from an empty name or a number."""
+    return value != "" and not isinstance(value, (bool, int, float))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+#: One rule for each field of `CompilationConfig`.
+SETTINGS: dict[str, Setting] = {
+    "use_inductor": _flag(in_key=True),
+    "compilation_level": _choice("none", "full", "piecewise", in_key=True),
+    "disable_compile_cache": _flag(),
+    "cache_dir": Setting(
+        wanted="a path or None",
+        accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
+        remedy="Give a folder that this user may write, or leave it out",
+    ),
+    "max_compile_time": Setting(
+        wanted="a positive number of seconds",
+        accepts=lambda value: _is_number(value) and 0 < value < float("inf"),
+        remedy="Give a large number to wait without a limit in practice",
+    ),
+    "compiler": Setting(
+        wanted="the name of a compiler, or an object with CompilerInterface",
+        accepts=lambda value: value is not None and _is_named(value),
+        remedy="Write 'auto' to have one chosen for each piece",
+        in_key=True,
+    ),
+    "mode": _choice("blocking", "progressive", "cache_only"),
+    "max_compile_memory": Setting(
+        wanted="a positive number of bytes or None",
+        accepts=lambda value: value is None or (_is_whole(value) and value > 0),
+        remedy="Write whole bytes, such as 8 * 2**30, or None for no limit",
+    ),
+    "split": Setting(
+        wanted="None, the name of a rule, or an object such as SplitAtLayers()",
+        accepts=lambda value: value is None or _is_named(value),
+        in_key=True,
+    ),
+    "dynamic_shapes": Setting(
+        wanted="None, or a dict, tuple or list as torch.export takes it",
+        accepts=lambda value: value is None or isinstance(value, (dict, tuple, list)),
+        remedy="Leave it out to have every size of an input dynamic that can be",
+        in_key=True,
+    ),
+    "compile_threads": Setting(
+        wanted="a whole number of at least 1, or None",
+        accepts=lambda value: value is None or (_is_whole(value) and value >= 1),
+        remedy="Leave it out to use the cores that this process may use",
+    ),
+    "verify": _flag(),
+    "on_error": _choice("eager", "raise"),
+    "revalidate": _choice("background", "never", "always"),
+    "max_assemblies": Setting(
+        wanted="a whole number of at least 1",
+        accepts=lambda value: _is_whole(value) and value >= 1,
+    ),
+    "progress": Setting(
+        wanted="True, False or None",
+        accepts=lambda value: value is None or isinstance(value, bool),
+        remedy="Leave it out to show progress on a terminal only",
+    ),
+}
+
+
+class CompilationConfig(Value, kw_only=True):
+    """The settings of `precast.compile`; see the README's table for their meaning.
+
+    Each is checked here, once, so that no later part has to. `vars(config)` holds the settings
+    that were given; the others may still come from the environment or a file.
+
+    Raises:
+        ConfigError: A value is not usable, or a name is unknown; says which, and what to write.
+    """
+
+    use_inductor: bool = True
+    compilation_level: Literal["none", "full", "piecewise"] = "piecewise"
+    disable_compile_cache: bool = False
+    cache_dir: str | os.PathLike[str] | None = None  # None: `default_cache_dir()`.
+    max_compile_time: float = 600.0  # Seconds for one piece.
+    compiler: object = "auto"
+    mode: Literal["blocking", "progressive", "cache_only"] = "blocking"
+    max_compile_memory: int | None = None  # Bytes of one worker.
+    split: object = None  # None: by layers where there are at least four alike, else by ops.
+    dynamic_shapes: Any = None  # None: every size that can be.
+    compile_threads: int | None = None  # Pieces compiled side by side; None: the usable cores.
+    verify: bool = True
+    on_error: Literal["eager", "raise"] = "eager"
+    revalidate: Literal["background", "never", "always"] = "background"
+    max_assemblies: int = 8  # Compiled signatures of one model; further ones run eager.
+    progress: bool | None = None  # None: on a terminal.
+
+    settings: ClassVar[dict[str, Setting]] = SETTINGS
+
+    def __post_init__(self) -> None:
+        """Check what was given; defaults are right by themselves."""
+        for name, value in vars(self).items():
+            _check(name, value, "argument")
+
+    def _unknown_field(self, name: str, value: object) -> Exception:
+        return _unknown_setting(name, value, "argument")
+
+    def key_settings(self) -> dict[str, Any]:
+        """Return the settings that ask for another assembly when they change, by name."""
+        return {name: getattr(self, name) for name, rule in SETTINGS.items() if rule.in_key}
+
+    def cache_path(self) -> Path:
+        """Return the folder of the disk tier: `cache_dir`, or the user's own."""
+        from pathlib import Path
+
+        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+    def num_compile_workers(self) -> int:
+        """Return how many pieces compile side by side: `compile_threads`, or the usable cores."""
+        if self.compile_threads is not None:
+            return self.compile_threads
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+
+class ResolvedConfig(Value):
+    """A complete configuration, and for each setting where its value came from.
+
+    `origins` says `argument`, `environment PRECAST_MODE`, the path of a file, or `default`.
+    """
+
+    config: CompilationConfig
+    origins: dict[str, str]
+    is_disabled: bool = False  # PRECAST_DISABLE: everything runs eager.
+
+
+def resolve_config(
+    config: CompilationConfig | None,
+    overrides: Mapping[str, object],
+    *,
+    environ: Mapping[str, str],
+    pyproject: Path | None,
+    user_file: Path | None,
+) -> ResolvedConfig:
+    """Join all sources of settings into one configuration.
+
+    Costs microseconds where no file exists. A file that cannot be read counts as absent: it must
+    not stop a model.
+
+    Args:
+        config: Settings as an object; those it was given count as arguments.
+        overrides: Settings as arguments; they win over `config`.
+        environ: Usually `os.environ`. Variables that are no setting are not ours to judge.
+        pyproject: A pyproject.toml to look for `[tool.precast]` in, or None.
+        user_file: A TOML file whose top level holds settings, or None.
+
+    Raises:
+        ConfigError: A value is not usable or a name unknown; says where it was read.
+    """
+    sources = [
+        ("argument", {**(vars(config) if config is not None else {}), **overrides}),
+        *((f"environment {_variable(name)}", {name: value}) for name, value in _given_in(environ)),
+        (str(pyproject), _read_toml(pyproject, "tool", "precast")),
+        (str(user_file), _read_toml(user_file)),
+    ]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, settings in sources:
+        for name, value in settings.items():
+            if name not in SETTINGS:
+                raise _unknown_setting(name, value, origin)
+            _check(name, value, origin)
+            if name not in values:
+                values[name] = value
+                origins[name] = origin
+    return ResolvedConfig(
+        CompilationConfig(**values),
+        {name: origins.get(name, "default") for name in SETTINGS},
+        is_disabled=_as_bool(environ.get("PRECAST_DISABLE", "")) is True,
+    )
+
+
+def read_config(config: CompilationConfig | None = None, **overrides: object) -> ResolvedConfig:
+    """Return `resolve_config` with this process's environment, project and user files."""
+    return resolve_config(
+        config,
+        overrides,
+        environ=os.environ,
+        pyproject=find_pyproject(),
+        user_file=default_user_file(),
+    )
+
+
+def find_pyproject(start: Path | None = None, max_levels: int = 3) -> Path | None:
+    """Return the nearest pyproject.toml of a folder or, up to `max_levels`, of those above it."""
+    from pathlib import Path
+
+    with suppress(OSError):  # The working directory may be gone, or closed to us.
+        folder = start or Path.cwd()
+        for candidate in (folder, *list(folder.parents)[:max_levels]):
+            if (candidate / "pyproject.toml").is_file():
+                return candidate / "pyproject.toml"
+    return None
+
+
+def default_user_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return where the user's own settings lie, whether or not the file exists."""
+    folder = _user_folder("XDG_CONFIG_HOME", ".config", environ)
+    return folder / "precast" / "config.toml" if folder else None
+
+
+def default_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the disk tier's folder: `PRECAST_CACHE_DIR`, else `precast` in the user's cache.
+
+    A user without a home gets a folder of their own among the temporary files.
+    """
+    from pathlib import Path
+
+    environ = os.environ if environ is None else environ
+    if given := environ.get("PRECAST_CACHE_DIR"):
+        return Path(given).expanduser()
+    if folder := _user_folder("XDG_CACHE_HOME", ".cache", environ):
+        return folder / "precast"
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"precast-{os.getuid()}"
+
+
+def _user_folder(variable: str, name: str, environ: Mapping[str, str] | None) -> Path | None:
+    from pathlib import Path
+
+    environ = os.environ if environ is None else environ
+    given = environ.get(variable)
+    if given and Path(given).is_absolute():  # The XDG specification ignores relative paths.
+        return Path(given)
+    try:
+        return Path(environ.get("HOME") or Path.home()) / name
+    except RuntimeError:  # A user id without an entry, as containers have them.
+        return None
+
+
+def _variable(name: str) -> str:
+    return f"PRECAST_{name.upper()}"
+
+
+def _given_in(environ: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """Find settings in the environment; an empty variable counts as absent.
+
+    Other `PRECAST_*` names are left alone: clusters put `PRECAST_SERVICE_HOST` and the like there.
+    """
+    texts = ((name, environ.get(_variable(name), "")) for name in SETTINGS)
+    return [(name, _parse(text, SETTINGS[name])) for name, text in texts if text]
+
+
+def _parse(text: str, rule: Setting) -> Any:
+    """Read a variable's text as the first kind of value that the setting accepts."""
+    readings: list[Any] = [None] if text.lower() == "none" else []
+    if (truth := _as_bool(text)) is not None:
+        readings.append(truth)
+    for read in (int, float):
+        with suppress(ValueError):
+            readings.append(read(text))
+    return next((value for value in readings if rule.accepts(value)), text)
+
+
+def _as_bool(text: str) -> bool | None:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    return False if text.lower() in ("0", "false", "no", "off") else None
+
+
+def _read_toml(path: Path | None, *tables: str) -> dict[str, Any]:
+    """Return a table of a TOML file; empty where the file or the table is missing."""
+    if path is None:
+        return {}
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return {}
+    # Most projects have a pyproject.toml without a word about us: do not pay for a parser.
+    if tables and tables[-1].encode() not in content:
+        return {}
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: Any = tomllib.loads(content.decode())
+    except ValueError as error:
+        raise ConfigError(
+            "/".join(tables) or "user file", str(error), "valid TOML", "Mend the file", str(path)
+        ) from error
+    for table in tables:
+        found = found.get(table, {})
+    if not isinstance(found, dict):
+        raise ConfigError(
+            "/".join(tables),
+            found,
+            "a table",
+            "Write `[tool.precast]` and settings below it",
+            str(path),
+        )
+    return found
+
+
+def _check(name: str, value: object, origin: str) -> None:
+    rule = SETTINGS[name]
+    if not rule.accepts(value):
+        raise ConfigError(name, value, rule.wanted, rule.remedy, origin)
+
+
+def _unknown_setting(name: str, value: object, origin: str) -> ConfigError:
+    import difflib
+
+    near = difflib.get_close_matches(name, SETTINGS, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else "Settings are " + ", ".join(SETTINGS)
+    return ConfigError(name, value, "the name of a setting", remedy, origin)

@@ -1,0 +1,269 @@
+"""Everything that can happen, as frozen values named in the past.
+
+Parts of Precast say what happened by handing an event to the `emit` they were given. They do not
+log, count or print: `monitoring/` does, and so may any listener of the user's. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from precast.errors import Reason
+from precast.values import Value
+
+
+class Event(Value):
+    """Base of all events."""
+
+
+# --- From a model to its pieces.
+
+
+class CaptureFinished(Event):
+    """A model became a graph. `guards` counts the conditions under which that graph is right."""
+
+    model: str
+    seconds: float
+    nodes: int
+    guards: int
+
+
+class CaptureFailed(Event):
+    """A model, or a part of it, could not be captured and runs eager."""
+
+    model: str
+    reason: Reason
+
+
+class PlanMade(Event):
+    """A graph was cut into `pieces`, of which `unique_pieces` differ, by the rule `split`."""
+
+    model: str
+    pieces: int
+    unique_pieces: int
+    split: str
+
+
+# --- Compiling one piece.
+
+
+class CompileStarted(Event):
+    """A compiler began with a piece that no tier had."""
+
+    piece: str
+    key: str
+    compiler: str
+
+
+class PieceCompiled(Event):
+    """A compiler finished a piece; `worker_pid` is the process it ran in."""
+
+    piece: str
+    key: str
+    compiler: str
+    seconds: float
+    artifact_bytes: int
+    worker_pid: int
+
+
+class PieceFailed(Event):
+    """A compiler gave a piece up; another one may still be tried."""
+
+    piece: str
+    key: str
+    compiler: str
+    reason: Reason
+
+
+class PieceVerified(Event):
+    """A new artifact was found to compute what the eager piece computes."""
+
+    piece: str
+    key: str
+    max_abs_error: float
+
+
+class VerifyMismatched(Event):
+    """A new artifact computes something else than the eager piece, and was thrown away."""
+
+    piece: str
+    key: str
+    reason: Reason
+
+
+class PieceLoaded(Event):
+    """A stored artifact was loaded from `tier` instead of being compiled."""
+
+    piece: str
+    key: str
+    tier: str
+    seconds: float
+    compile_seconds_saved: float
+
+
+# --- The cache.
+
+
+class CacheHit(Event):
+    """A tier had the bytes under a key."""
+
+    key: str
+    tier: str
+    seconds: float
+    num_bytes: int
+
+
+class CacheMiss(Event):
+    """No tier had a key; `cause` says which part of the key is new, where that is known."""
+
+    key: str
+    cause: str
+
+
+class TierFailed(Event):
+    """A tier could not do an operation and was skipped."""
+
+    tier: str
+    operation: str
+    reason: Reason
+
+
+class ArtifactQuarantined(Event):
+    """Stored bytes that must not run were moved aside, to `path`."""
+
+    tier: str
+    path: str
+    reason: Reason
+
+
+class ArtifactPublished(Event):
+    """A verified artifact was stored in a tier for others to find."""
+
+    key: str
+    tier: str
+    num_bytes: int
+    seconds: float
+
+
+# --- Assemblies: whole models.
+
+
+class AssemblyLoaded(Event):
+    """A model was put together from stored artifacts, without tracing or compiling."""
+
+    model: str
+    key: str
+    seconds: float
+    pieces: int
+    unique_pieces: int
+    seconds_saved: float
+
+
+class AssemblyPublished(Event):
+    """What a warm start of this model needs was stored."""
+
+    model: str
+    key: str
+    num_bytes: int
+
+
+class AssemblyRejected(Event):
+    """A stored assembly was not used."""
+
+    model: str
+    key: str
+    reason: Reason
+
+
+class AssemblyRevalidated(Event):
+    """A loaded assembly was compared with a fresh capture; if not valid it was discarded."""
+
+    model: str
+    key: str
+    is_valid: bool
+    seconds: float
+
+
+# --- A running model.
+
+
+class CallOutsideContract(Event):
+    """A call came that no assembly of the model is right for."""
+
+    model: str
+    reason: Reason
+
+
+class FellBack(Event):
+    """A piece, or with `piece=None` the whole model, runs eager from now on."""
+
+    model: str
+    piece: str | None
+    reason: Reason
+
+
+class SlotSwapped(Event):
+    """A slot now runs other code: `to` is the name of a compiler, or `eager`."""
+
+    model: str
+    slot: int
+    to: str
+
+
+class ModelReady(Event):
+    """A model can serve one more kind of call; emitted once for each compiled signature.
+
+    `compiled + eager == pieces`; `from_cache` of the unique pieces were found in a tier. `warm`:
+    nothing was traced.
+    """
+
+    model: str
+    seconds: float
+    pieces: int
+    unique_pieces: int
+    compiled: int
+    eager: int
+    from_cache: int
+    seconds_saved: float
+    warm: bool
+
+
+class ModelReleased(Event):
+    """A model is plain eager again and holds nothing of Precast."""
+
+    model: str
+
+
+Emit = Callable[[Event], None]
+
+
+class Listeners:
+    """Joins several listeners into one `emit`; one that fails never stops a model.
+
+    A listener's first failure is handed to `on_failure`; later ones of the same listener are
+    silent, since a broken listener fails at every event.
+    """
+
+    def __init__(
+        self,
+        listeners: Iterable[Emit] = (),
+        on_failure: Callable[[Emit, Exception], None] | None = None,
+    ) -> None:
+        self._listeners = tuple(listeners)
+        self._on_failure = on_failure
+        self._failed: list[Emit] = []
+
+    def __call__(self, event: Event) -> None:
+        """Hand the event to each listener in turn, in the thread that emits it."""
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception as error:
+                self._note_failure(listener, error)
+
+    def _note_failure(self, listener: Emit, error: Exception) -> None:
+        if listener in self._failed:
+            return
+        self._failed.append(listener)
+        if self._on_failure is not None:
+            self._on_failure(listener, error)

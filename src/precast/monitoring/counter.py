@@ -1,0 +1,119 @@
+"""`CompilationCounter`: how often each thing happened, as a fold over events."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from precast import events
+from precast.events import Event
+
+
+def _one(event: Any) -> int:
+    return 1
+
+
+#: Each count: the event it folds over, and how much one such event adds.
+_COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
+    "num_captures": (events.CaptureFinished, _one),
+    "num_capture_failures": (events.CaptureFailed, _one),
+    "num_pieces": (events.PlanMade, lambda event: event.pieces),
+    "num_unique_pieces": (events.PlanMade, lambda event: event.unique_pieces),
+    "num_started": (events.CompileStarted, _one),
+    "num_compiled": (events.PieceCompiled, _one),
+    "num_failed": (events.PieceFailed, _one),
+    "num_verified": (events.PieceVerified, _one),
+    "num_mismatched": (events.VerifyMismatched, _one),
+    "num_loaded": (events.PieceLoaded, _one),
+    "num_cache_hits": (events.CacheHit, _one),
+    "num_cache_misses": (events.CacheMiss, _one),
+    "num_tier_failures": (events.TierFailed, _one),
+    "num_quarantined": (events.ArtifactQuarantined, _one),
+    "num_published": (events.ArtifactPublished, _one),
+    "num_assemblies_loaded": (events.AssemblyLoaded, _one),
+    "num_assemblies_published": (events.AssemblyPublished, _one),
+    "num_assemblies_rejected": (events.AssemblyRejected, _one),
+    "num_revalidated": (events.AssemblyRevalidated, _one),
+    "num_outside_contract": (events.CallOutsideContract, _one),
+    "num_fallbacks": (events.FellBack, _one),
+    "num_swaps": (events.SlotSwapped, _one),
+    "num_models_ready": (events.ModelReady, _one),
+    "num_models_released": (events.ModelReleased, _one),
+}
+
+
+class CompilationCounter:
+    """A listener that counts; give it to `precast.compile` as one of `listeners`.
+
+        counter = CompilationCounter()
+        with counter.expect(num_compiled=3, num_loaded=0):
+            model(inputs)
+
+    Each count is an attribute. Safe to use from several threads.
+    """
+
+    num_captures: int
+    num_capture_failures: int
+    num_pieces: int
+    num_unique_pieces: int
+    num_started: int
+    num_compiled: int
+    num_failed: int
+    num_verified: int
+    num_mismatched: int
+    num_loaded: int
+    num_cache_hits: int
+    num_cache_misses: int
+    num_tier_failures: int
+    num_quarantined: int
+    num_published: int
+    num_assemblies_loaded: int
+    num_assemblies_published: int
+    num_assemblies_rejected: int
+    num_revalidated: int
+    num_outside_contract: int
+    num_fallbacks: int
+    num_swaps: int
+    num_models_ready: int
+    num_models_released: int
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        for name in _COUNTS:
+            setattr(self, name, 0)
+
+    def __call__(self, event: Event) -> None:
+        """Count one event."""
+        with self._lock:
+            for name, (kind, amount) in _COUNTS.items():
+                if isinstance(event, kind):
+                    setattr(self, name, getattr(self, name) + amount(event))
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all counts at one moment, by name."""
+        with self._lock:
+            return {name: getattr(self, name) for name in _COUNTS}
+
+    @contextmanager
+    def expect(self, **expected: int) -> Iterator[None]:
+        """Assert by how much counts change inside the block; names every one that differs.
+
+        An error that the block raises itself is left as it is.
+        """
+        if unknown := expected.keys() - _COUNTS.keys():
+            raise TypeError(f"no count {min(unknown)!r}; counts are {', '.join(_COUNTS)}")
+        before = self.snapshot()
+        yield
+        after = self.snapshot()
+        differing = [
+            f"{name}: expected {number:+d}, got {after[name] - before[name]:+d}"
+            for name, number in expected.items()
+            if after[name] - before[name] != number
+        ]
+        assert not differing, "; ".join(differing)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}={n}" for name, n in self.snapshot().items() if n)
+        return f"CompilationCounter({counts})"
