@@ -1,0 +1,47 @@
+"""Where compiled code is kept: tiers, and the loader and storage that the rest talks to.
+
+`interface.py` is what a tier must do; `loader.py` reads, `storage.py` writes, and neither ever
+stops a model. Keys are made elsewhere (`graph/key.py`), and nothing here knows what an artifact is.
+"""
+
+from __future__ import annotations
+
+from precast.cache.disk import DiskCache
+from precast.cache.loader import CacheLoader
+from precast.cache.memory import MemoryCache
+from precast.cache.scratch import ScratchCache
+from precast.cache.storage import CacheStorage
+
+TYPE_CHECKING = False  # `typing` itself is too dear to import here.
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from precast.events import Emit
+
+__all__ = ["CacheLoader", "CacheStorage", "DiskCache", "MemoryCache", "ScratchCache", "open_cache"]
+
+
+def open_cache(
+    cache_dir: str | os.PathLike[str],
+    *,
+    disabled: bool,
+    emit: Emit,
+    clock: Callable[[], float],
+) -> tuple[CacheLoader, CacheStorage]:
+    """Return what reads and what writes the cache of one model. Touches no disk yet.
+
+    Args:
+        cache_dir: Root of the disk tier. It may be unwritable, or impossible.
+        disabled: Use a private directory in its place, so that libraries compiled in this process
+            can be opened, and forget everything when the loader is closed. Then `cache_dir` is
+            neither read nor written.
+        emit: Is told what happens.
+        clock: Seconds, for durations.
+    """
+    scratch = ScratchCache() if disabled else None
+    tiers = (MemoryCache(), scratch if scratch is not None else DiskCache(cache_dir))
+    return (
+        CacheLoader(tiers, emit, clock, scratch=scratch),
+        CacheStorage(tiers, emit, clock),
+    )

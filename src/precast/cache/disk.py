@@ -1,0 +1,327 @@
+# ruff: noqa: D102, PTH100, PTH102, PTH105, PTH108, PTH112, PTH116, PTH118, PTH119, PTH120, PTH208
+# PTH: `pathlib` costs a warm start a millisecond to import and more to use.
+# D102: `CacheInterface` describes the methods.
+"""The tier on this machine's disk, shared by all processes of one user.
+
+`docs/format.md` draws the folders. Everything is written beside its place and renamed, so there
+are no locks and a reader never sees part of a value. Nothing is created before the first write.
+Whether the bytes are undamaged is checked by the readers of the tier, not here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+
+from precast.cache.manifest import MAX_MANIFEST_BYTES
+from precast.cache.names import check_digest, check_file_name, check_key, is_key
+from precast.errors import StoreError
+
+TYPE_CHECKING = False  # `typing` itself is too dear to import here.
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+#: The versioned bucket: another version of the layout or of the manifests takes another name, and
+#: both share the root without reading each other's files.
+BUCKET = "v1"
+
+#: No write takes an hour; a temporary file as old as that belongs to a process that was killed.
+TEMPORARY_FILE_AGE_S = 3600.0
+
+#: Bad files are kept this long for whoever wants to know what happened to them.
+QUARANTINE_AGE_S = 30 * 24 * 3600.0
+
+_SWEEP_INTERVAL_S = 3600.0
+_ABSENT = (FileNotFoundError, NotADirectoryError)  # The second: a file where the root should be.
+_NO_HARD_LINKS = frozenset(
+    {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+)
+_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class DiskCache:
+    """Keeps manifests and blobs in files under one directory, which only the user may enter.
+
+    Works on a directory that cannot be written: reading goes on, writing is a `StoreError`.
+
+    Source: follows `CacheInterface`, where the methods are described.
+    """
+
+    is_in_memory = False
+    keeps_files = True
+
+    def __init__(self, root: str | os.PathLike[str], *, name: str = "disk") -> None:
+        self.name = name
+        self.root = os.path.abspath(os.fspath(root))
+        bucket = os.path.join(self.root, BUCKET)
+        self._manifests = os.path.join(bucket, "ac")
+        self._blobs = os.path.join(bucket, "cas", "sha256")
+        self._trees = os.path.join(bucket, "tree")
+        self._quarantine = os.path.join(bucket, "quarantine")
+        self._temporary = os.path.join(bucket, "tmp")
+        self._swept_at_s: float | None = None
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the root, or the place where it would be made, can be written."""
+        place = os.path.join(self.root, BUCKET)
+        while not os.path.lexists(place):
+            parent = os.path.dirname(place)
+            if parent == place:
+                return False
+            place = parent
+        return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+
+    def read_manifest(self, key: str) -> bytes | None:
+        check_key(key)
+        with self._store_errors("read manifest"):
+            # One byte more than allowed: enough for the reader to see that it is too large.
+            return _read_file(self._manifest_path(key), MAX_MANIFEST_BYTES + 1)
+
+    def write_manifest(self, key: str, data: bytes) -> None:
+        check_key(key)
+        with self._store_errors("write manifest"):
+            self._write_file(self._manifest_path(key), data)
+
+    def delete_manifest(self, key: str) -> None:
+        check_key(key)
+        with self._store_errors("delete manifest"), suppress(*_ABSENT):
+            os.unlink(self._manifest_path(key))
+
+    def manifest_keys(self) -> Iterator[str]:
+        with self._store_errors("list manifests"):
+            for shard in _list_folder(self._manifests):
+                for file_name in _list_folder(os.path.join(self._manifests, shard)):
+                    key = file_name.removesuffix(".json")
+                    if key != file_name and is_key(key):
+                        yield key
+
+    def read_blob(self, digest: str) -> bytes | None:
+        check_digest(digest)
+        with self._store_errors("read blob"):
+            return _read_file(self._blob_path(digest))
+
+    def write_blob(self, digest: str, data: bytes) -> None:
+        check_digest(digest)
+        path = self._blob_path(digest)
+        with self._store_errors("write blob"):
+            # Reading is cheaper than writing through to the disk, and what other processes have
+            # mapped stays the file that new ones will map too.
+            if _has_size(path, len(data)) and _read_file(path) == data:
+                return
+            self._write_file(path, data)
+
+    def has_blob(self, digest: str) -> bool:
+        check_digest(digest)
+        return os.path.lexists(self._blob_path(digest))
+
+    def local_blob_path(self, digest: str) -> str | None:
+        check_digest(digest)
+        path = self._blob_path(digest)
+        return path if os.path.lexists(path) else None
+
+    def link_tree(self, files: Mapping[str, str]) -> str:
+        for name, digest in files.items():
+            check_file_name(name)
+            check_digest(digest)
+        listing = "".join(f"{files[name]} {name}\n" for name in sorted(files))
+        directory = os.path.join(self._trees, sha256(listing.encode()).hexdigest())
+        with self._store_errors("link tree"):
+            for name, digest in files.items():
+                self._link(self._blob_path(digest), os.path.join(directory, name))
+        return directory
+
+    def quarantine_manifest(self, key: str, reason: str) -> str:
+        check_key(key)
+        with self._store_errors("quarantine manifest"):
+            return self._set_aside(self._manifest_path(key), reason)
+
+    def quarantine_blob(self, digest: str, reason: str) -> str:
+        check_digest(digest)
+        with self._store_errors("quarantine blob"):
+            return self._set_aside(self._blob_path(digest), reason)
+
+    def _manifest_path(self, key: str) -> str:
+        return os.path.join(self._manifests, key[:2], f"{key}.json")
+
+    def _blob_path(self, digest: str) -> str:
+        return os.path.join(self._blobs, digest[:2], digest)
+
+    @contextmanager
+    def _store_errors(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"{error.strerror or error}: {error.filename or self.root}"
+            raise StoreError(self.name, operation, problem) from error
+
+    def _write_file(self, path: str, data: bytes) -> None:
+        """Put a whole file in its place, or leave what is there and nothing else."""
+        # Written beside its place: a rename is only atomic within one file system.
+        temporary = self._new_temporary_path()
+        try:
+            file = self._create(temporary)
+            try:
+                now_s = os.fstat(file).st_mtime
+                _write_all(file, data)
+                # A rename can reach the disk before the bytes do: power lost in between would
+                # leave an empty file under a good name.
+                os.fsync(file)
+            finally:
+                os.close(file)
+            self._replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self._sweep(now_s)
+
+    def _create(self, path: str) -> int:
+        """Open a new file in the folder for temporary ones, made where need be."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            self._make_folder(os.path.dirname(path))
+            return os.open(path, flags, 0o600)
+
+    def _replace(self, temporary: str, path: str) -> None:
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            self._make_folder(os.path.dirname(path))
+            os.replace(temporary, path)
+        except IsADirectoryError:
+            self._set_aside(path, "a folder where a file belongs")
+            os.replace(temporary, path)
+
+    def _make_folder(self, path: str) -> None:
+        """Make a folder and those above it that are missing; ours only the user may enter."""
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            self._make_folder(os.path.dirname(path))
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+
+    def _new_temporary_path(self) -> str:
+        return os.path.join(self._temporary, f"{os.getpid()}-{os.urandom(8).hex()}")
+
+    def _link(self, blob: str, path: str) -> None:
+        """Make `path` another name of a blob, or a copy where the file system has no hard links."""
+        if _is_same_content(blob, path):
+            return
+        # Linked beside its place and renamed, since what is there may be a damaged file.
+        temporary = self._new_temporary_path()
+        self._make_folder(self._temporary)
+        try:
+            os.link(blob, temporary)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            data = _read_file(blob)
+            if data is None:
+                raise FileNotFoundError(errno.ENOENT, "no such blob", blob) from error
+            self._write_file(path, data)
+            return
+        try:
+            self._replace(temporary, path)
+        finally:
+            # Renaming onto another name of the same file does nothing and leaves both: another
+            # process that linked this tree meanwhile.
+            with suppress(OSError):
+                os.unlink(temporary)
+
+    def _set_aside(self, path: str, reason: str) -> str:
+        """Move a bad file into the quarantine, a note of the reason beside it."""
+        place = os.path.join(self._quarantine, f"{os.path.basename(path)}.{os.urandom(4).hex()}")
+        if not os.path.lexists(path):
+            return path  # Another process was faster.
+        try:
+            self._replace(path, place)
+        except _ABSENT:
+            return path
+        with suppress(OSError):
+            os.utime(place)  # Its age in quarantine counts from now.
+            self._write_file(f"{place}.reason", f"{reason}\n".encode())
+        return place
+
+    def _sweep(self, now_s: float) -> None:
+        """Remove what killed writers left, at most once an interval; failing at that is no matter.
+
+        Args:
+            now_s: The time by the clock that stamps these files, which on a network file system
+                is not this machine's.
+        """
+        if self._swept_at_s is not None and now_s - self._swept_at_s < _SWEEP_INTERVAL_S:
+            return
+        self._swept_at_s = now_s
+        for folder, age_s in (
+            (self._temporary, TEMPORARY_FILE_AGE_S),
+            (self._quarantine, QUARANTINE_AGE_S),
+        ):
+            with suppress(OSError):
+                for name in _list_folder(folder):
+                    path = os.path.join(folder, name)
+                    with suppress(OSError):
+                        if os.lstat(path).st_mtime < now_s - age_s:
+                            os.unlink(path)
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # One call writes 2 GiB at most.
+        view = view[os.write(file, view) :]
+
+
+def _read_file(path: str, limit: int | None = None) -> bytes | None:
+    """Return a file's bytes, `limit` of them at most, or None where there is none.
+
+    A folder where a file belongs reads as no bytes: damage that can be set aside like any other.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | _FLAGS)
+    except _ABSENT:
+        return None
+    except IsADirectoryError:
+        return b""
+    try:
+        wanted = os.fstat(file).st_size if limit is None else min(limit, os.fstat(file).st_size)
+        parts = []
+        while wanted > 0 and (part := os.read(file, min(wanted, 1 << 30))):
+            parts.append(part)
+            wanted -= len(part)
+    except IsADirectoryError:
+        return b""
+    finally:
+        os.close(file)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _list_folder(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except _ABSENT:
+        return []
+
+
+def _has_size(path: str, num_bytes: int) -> bool:
+    try:
+        return os.stat(path).st_size == num_bytes
+    except _ABSENT:
+        return False
+
+
+def _is_same_content(blob: str, path: str) -> bool:
+    """Whether a name in a tree is the blob itself or an undamaged copy of it."""
+    try:
+        found, wanted = os.stat(path), os.stat(blob)
+    except _ABSENT:
+        return False
+    if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+        return True
+    return found.st_size == wanted.st_size and _read_file(path) == _read_file(blob)
