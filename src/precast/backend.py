@@ -1,0 +1,458 @@
+"""A graph's way from capture to code that runs: clean, cut, write, compile, stitch.
+
+`build_model` is the way. `torch_backend` is the ecosystem's door to it: there, Dynamo
+holds the guards and traces at every start, and only the pieces come from the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from precast.contract import autocast_state
+from precast.errors import Reason
+from precast.events import Emit, FellBack, PlanMade
+from precast.runtime.slot import Slot, SlotTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from precast.config import CompilationConfig
+    from precast.graph.canonical import WrittenPiece
+    from precast.graph.piece import SymbolRange
+    from precast.manager import CompilerManager, PieceResult
+    from precast.split.build import PieceCall, StitchGraph
+    from precast.stitch import ExecutionCode
+
+
+class BuiltModel:
+    """A graph cut, compiled and stitched.
+
+    `narrowed` are symbols for which some piece's code holds for fewer sizes than were captured.
+    `execution` takes the slots' callables, then (if it takes weights) one list of weights a
+    slot, then `rest` (weights that native code reads) and the call's arguments, in order.
+    """
+
+    __slots__ = (
+        "execution",
+        "groups",
+        "mutated",
+        "narrowed",
+        "rest",
+        "results",
+        "slot_pieces",
+        "slots",
+        "split",
+        "texts",
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        self.execution: ExecutionCode = fields["execution"]
+        self.groups: list[list[str]] = fields["groups"]
+        self.rest: list[str] = fields["rest"]
+        self.mutated: set[str] = fields["mutated"]
+        self.results: list[PieceResult] = fields["results"]
+        self.slot_pieces: list[int | None] = fields["slot_pieces"]
+        self.slots: SlotTable = fields["slots"]
+        self.split: str = fields["split"]
+        self.texts: list[str] = fields["texts"]
+        self.narrowed: dict[str, SymbolRange] = fields["narrowed"]
+
+    @property
+    def num_pieces(self) -> int:
+        """How many slots run a piece."""
+        return sum(piece is not None for piece in self.slot_pieces)
+
+
+def build_model(
+    graph_module: torch.fx.GraphModule,
+    *,
+    ranges: Mapping[str, SymbolRange],
+    sources: Mapping[str, str],
+    arguments: Sequence[str],
+    weights: Sequence[str],
+    config: CompilationConfig,
+    manager: CompilerManager,
+    emit: Emit,
+    name: str,
+) -> BuiltModel:
+    """Compile a captured graph piece by piece.
+
+    Args:
+        graph_module: From Dynamo; it is changed.
+        ranges: What sizes its symbols may take.
+        sources: Where each placeholder comes from, as an expression.
+        arguments: Placeholders that each call gives, in order.
+        weights: Placeholders that are bound once.
+        config: Of the model.
+        manager: Finds or compiles the pieces.
+        emit: Is told what happens.
+        name: Of the model.
+
+    Raises:
+        SplitError: The graph cannot be cut: it holds a higher-order operator, say.
+        CompileError: A piece failed and `on_error` is "raise".
+    """
+    from precast.split.clean import clean_graph
+    from precast.split.plan import make_plan
+
+    autocasts = autocast_state()
+    clean_graph(graph_module, [device for device, _ in autocasts])
+    _read_sizes(graph_module, sources, arguments)
+    rule = _choose_rule(graph_module, config)
+    refused: dict[str, str] = {}
+    while True:
+        plan = make_plan(graph_module, _WithNative(rule, refused))
+        stitched = _build(graph_module, plan, weights)
+        written, problems = _write_all(stitched, ranges, autocasts)
+        if not problems:
+            break
+        # What has no text runs as it is, between the pieces. Ends: each round refuses more.
+        for call, problem in problems:
+            emit(
+                FellBack(
+                    name,
+                    call.name,
+                    Reason(
+                        "op-unsupported",
+                        f"{problem}; it runs eager between the pieces",
+                        "nothing to do for a right result",
+                    ),
+                )
+            )
+            refused.update(dict.fromkeys(plan.partitions[call.index].nodes, "op-unsupported"))
+    unique: dict[str, int] = {}
+    pieces = []
+    names = []
+    for call in stitched.pieces:
+        piece = written[call.index].piece
+        if piece.text not in unique:
+            unique[piece.text] = len(pieces)
+            pieces.append(piece)
+            names.append(call.region or call.name)
+    emit(PlanMade(name, len(stitched.pieces), len(pieces), plan.rule))
+    results = manager.compile(pieces, names)
+    return _stitch(stitched, written, unique, results, arguments, plan.rule)
+
+
+class _WithNative:
+    """A splitting rule, and nodes that run natively besides."""
+
+    def __init__(self, rule: Any, refused: Mapping[str, str]) -> None:
+        self._rule = rule
+        self._refused = refused
+
+    def __repr__(self) -> str:
+        return repr(self._rule)
+
+    def place(self, graph_module: torch.fx.GraphModule) -> Any:
+        placement = self._rule.place(graph_module)
+        return placement.replace(native={**placement.native, **self._refused})
+
+
+def _choose_rule(graph_module: torch.fx.GraphModule, config: CompilationConfig) -> Any:
+    from precast.plugins import load_plugin
+    from precast.split.at_layers import auto_splitter
+    from precast.split.plan import Whole
+
+    if config.compilation_level == "full":
+        return Whole()
+    if config.split is None:
+        return auto_splitter(graph_module)
+    return load_plugin("splitters", config.split)() if isinstance(config.split, str) else config.split
+
+
+def _build(
+    graph_module: torch.fx.GraphModule, plan: Any, weights: Sequence[str]
+) -> StitchGraph:
+    from precast.split.build import build_stitch
+
+    return build_stitch(graph_module, plan, weights)
+
+
+def _read_sizes(
+    graph_module: torch.fx.GraphModule, sources: Mapping[str, str], arguments: Sequence[str]
+) -> None:
+    """Replace sizes that enter the graph by reading them from the tensors that enter it."""
+    from precast.capture.dynamo import size_of
+
+    graph = graph_module.graph
+    placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    tensors = {source: name for name, source in sources.items()}
+    last = list(placeholders.values())[-1] if placeholders else None
+    for name, node in placeholders.items():
+        size = size_of(sources.get(name, ""))
+        if size is None or name in arguments or last is None:
+            continue
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        tensor = placeholders[tensors[size[0]]]
+        with graph.inserting_before(last.next):
+            read = graph.call_method(size[1], (tensor, size[2]))
+        read.meta["example_value"] = node.meta["example_value"]
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _write_all(
+    stitched: StitchGraph,
+    ranges: Mapping[str, SymbolRange],
+    autocasts: Sequence[Sequence[str]],
+) -> tuple[dict[int, WrittenPiece], list[tuple[PieceCall, str]]]:
+    from precast.graph.canonical import CannotWrite, write_piece
+
+    written: dict[int, WrittenPiece] = {}
+    problems: list[tuple[PieceCall, str]] = []
+    for call in stitched.pieces:
+        try:
+            piece = write_piece(
+                call.module,
+                ranges,
+                mutated=call.mutated,
+                autocast=_autocast_of(autocasts),
+            )
+        except CannotWrite as problem:
+            problems.append((call, str(problem)))
+        else:
+            written[call.index] = piece
+    return written, problems
+
+
+def _autocast_of(autocasts: Sequence[Sequence[str]]) -> tuple[str, str] | None:
+    if not autocasts:
+        return None
+    device, dtype = autocasts[-1]
+    return device, dtype.removeprefix("torch.")
+
+
+def _stitch(
+    stitched: StitchGraph,
+    written: Mapping[int, WrittenPiece],
+    unique: Mapping[str, int],
+    results: list[PieceResult],
+    arguments: Sequence[str],
+    split: str,
+) -> BuiltModel:
+    from precast.stitch import generate_execution_code
+
+    graph = stitched.module.graph
+    nodes = {node.target: node for node in graph.find_nodes(op="call_module")}
+    narrowed: dict[str, SymbolRange] = {}
+    for call in stitched.pieces:
+        node, piece = nodes[call.name], written[call.index]
+        # Compiled code takes tensors only: sizes it reads from their shapes.
+        node.args = tuple(node.args[i] for i in piece.kept_inputs)
+        result = results[unique[piece.piece.text]]
+        for symbol, bounds in result.ranges.items():
+            _narrow(narrowed, piece.symbols[symbol], bounds)
+    _order_placeholders(graph, arguments)
+    execution = generate_execution_code(stitched.module, stitched.weight_groups)
+    slots = SlotTable()
+    slot_pieces: list[int | None] = []
+    by_index = {call.index: call for call in stitched.pieces}
+    for index in range(len(execution.piece_names)):
+        call = by_index.get(index)
+        if call is None or execution.piece_names[index] is None:
+            slots.add(None, None)
+            slot_pieces.append(None)
+            continue
+        number = unique[written[index].piece.text]
+        result = results[number]
+        slots.add(result.call, slot_of(call.region or call.name, result))
+        slot_pieces.append(number)
+    groups = stitched.weight_groups
+    return BuiltModel(
+        execution=execution,
+        groups=[groups.get(i, []) for i in range(len(execution.piece_names))],
+        rest=[name for name in execution.arguments if name not in arguments],
+        mutated=_mutated(stitched),
+        results=results,
+        slot_pieces=slot_pieces,
+        slots=slots,
+        split=split,
+        texts=sorted(hashlib.sha256(text.encode()).hexdigest() for text in unique),
+        narrowed=narrowed,
+    )
+
+
+def _narrow(
+    ranges: dict[str, SymbolRange], symbol: str, bounds: Sequence[int | None]
+) -> None:
+    from precast.graph.piece import SymbolRange
+
+    low, high = bounds
+    known = ranges.get(symbol)
+    if known is not None:
+        low = max(low or 0, known.low)
+        highs = [value for value in (high, known.high) if value is not None]
+        high = min(highs, default=None)
+    ranges[symbol] = SymbolRange(low=low or 0, high=high)
+
+
+def slot_of(name: str, result: PieceResult) -> Slot:
+    """Describe what a slot runs."""
+    return Slot(
+        name,
+        compiler=result.compiler,
+        tier="cache" if result.from_cache else None,
+        reason=result.reason,
+        seconds_saved=result.seconds if result.from_cache else 0.0,
+    )
+
+
+def _order_placeholders(graph: torch.fx.Graph, arguments: Sequence[str]) -> None:
+    """Put the call's arguments last, in the order in which the entry code passes them."""
+    placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    ordered = [name for name in placeholders if name not in arguments]
+    ordered.extend(name for name in arguments if name in placeholders)
+    anchor = None
+    for name in reversed(ordered):
+        node = placeholders[name]
+        first = anchor if anchor is not None else next(iter(graph.nodes))
+        if node is not first:
+            first.prepend(node)
+        anchor = node
+    graph.lint()
+
+
+def _mutated(stitched: StitchGraph) -> set[str]:
+    """Names of the placeholders that any call of the stitching graph writes into.
+
+    A write into a view of a placeholder counts for the placeholder.
+    """
+    found: set[str] = set()
+    storages: dict[Any, str] = {}
+    nodes = {node.name: node for node in stitched.module.graph.nodes}
+    for node in nodes.values():
+        if node.op == "placeholder":
+            storage = _storage(node)
+            if storage is not None:
+                storages.setdefault(storage, node.name)
+    for call in stitched.calls:
+        for position in call.mutated:
+            node = nodes.get(call.inputs[position])
+            storage = _storage(node) if node is not None else None
+            if storage in storages:
+                found.add(storages[storage])
+    return found
+
+
+def _storage(node: Any) -> Any:
+    import torch
+
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.untyped_storage()._cdata
+
+
+def torch_backend(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+) -> Callable[..., Any]:
+    """Compile a graph that `torch.compile(model, backend="precast")` captured.
+
+    Dynamo keeps its guards and traces at every start; the pieces are looked up in Precast's
+    cache. `precast.compile` saves the tracing too. Options are settings of `CompilationConfig`.
+
+    Raises:
+        ConfigError: An option is not a setting.
+    """
+    from precast.api import open_session
+
+    session = open_session("torch.compile", None, options, ())
+    if session.is_disabled:
+        return graph_module.forward  # type: ignore[no-any-return]
+    return compile_traced(graph_module, session)
+
+
+def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable[..., Any]:
+    """Return a callable for a graph that Dynamo guards, its pieces compiled or found."""
+    from precast.capture.guards import symbol_ranges
+    from precast.errors import PrecastError
+
+    names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+    example = next(
+        (
+            size
+            for node in graph_module.graph.find_nodes(op="placeholder")
+            for size in _sizes(node.meta.get("example_value"))
+            if hasattr(size, "node")
+        ),
+        None,
+    )
+    ranges = symbol_ranges(example.node.shape_env) if example is not None else {}
+    eager = graph_module.forward
+    try:
+        built = build_model(
+            _copy_graph(graph_module),
+            ranges=ranges,
+            sources={},
+            arguments=names,
+            weights=(),
+            config=session.config,
+            manager=session.manager,
+            emit=session.emit,
+            name=session.name,
+        )
+    except PrecastError as error:
+        if session.config.on_error == "raise":
+            raise
+        session.emit(FellBack(session.name, None, error.reason))
+        return eager
+    finally:
+        session.manager.close()
+    execute = built.execution.compile()
+    callables = built.slots.callables
+    extra: tuple[Any, ...] = ([],) if built.execution.takes_weights else ()
+    positions = [names.index(name) for name in built.execution.arguments]
+    limits = _limits(graph_module, built.narrowed)
+
+    def run(*args: Any) -> Any:
+        for position, dim, bounds in limits:
+            size = args[position] if dim is None else args[position].shape[dim]
+            if size not in bounds:
+                # Dynamo's guards do not know that this code holds for fewer sizes.
+                return eager(*args)
+        return execute(callables, *extra, *(args[i] for i in positions))
+
+    return run
+
+
+def _limits(
+    graph_module: torch.fx.GraphModule, narrowed: Mapping[str, SymbolRange]
+) -> list[tuple[int, int | None, SymbolRange]]:
+    """Where each narrowed symbol can be read: (argument, dimension, range)."""
+    from precast.graph.canonical import symbol_of
+
+    limits: list[tuple[int, int | None, SymbolRange]] = []
+    found = set()
+    for position, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("example_value")
+        is_tensor = hasattr(value, "shape")
+        for dim, size in enumerate(value.shape if is_tensor else (value,)):
+            symbol = symbol_of(size) if hasattr(size, "node") else None
+            if symbol in narrowed and symbol not in found:
+                found.add(symbol)
+                limits.append((position, dim if is_tensor else None, narrowed[symbol]))
+    return limits
+
+
+def _copy_graph(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    import torch
+
+    graph = torch.fx.Graph()
+    env: dict[Any, Any] = {}
+    for node in graph_module.graph.nodes:
+        copy = graph.node_copy(node, lambda n: env[n])
+        copy.meta = dict(node.meta)
+        env[node] = copy
+    return torch.fx.GraphModule(graph_module, graph)
+
+
+def _sizes(value: Any) -> Sequence[Any]:
+    if hasattr(value, "shape"):
+        return tuple(value.shape)
+    return (value,)

@@ -1,0 +1,1 @@
+"""Compiling in other processes: the worker program, the service that runs workers, limits."""

@@ -1,0 +1,171 @@
+"""The compile worker: `python -m precast.background.worker`. Reads jobs, answers results.
+
+One job a line on standard input, as JSON; answers are lines of JSON on the descriptor that was
+standard output when we started. What compilers print goes to standard error.
+
+    job:      {"id", "piece", "compilers": [name or "module:attribute"], "directory", "verify",
+               "imports": [module], "is_retry"}
+    started:  {"id", "started": compiler}                      before each compiler
+    answer:   {"id", "compiler", "files", "details", "seconds", "verify", "failures"}
+    failure:  {"id", "failures": [{"compiler", "code", "message"}]}
+
+A worker verifies what it compiled: code that crashes takes the worker down, not a server. It knows
+nothing of deadlines, retries and caches; its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from precast.background.limits import die_with_parent, limit_memory, lower_priority, peak_bytes
+from precast.errors import CompileError
+from precast.graph.piece import Piece
+
+_NO_MEMORY = re.compile(r"virtual memory exhausted|out of memory|[Cc]annot allocate memory")
+_LONGEST_MESSAGE = 2000
+
+
+def main() -> None:
+    """Answer jobs until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    lower_priority()
+    die_with_parent(int(os.environ["PRECAST_WORKER_PARENT"]))
+    if os.environ.get("PRECAST_WORKER_WARM", "1") == "1":
+        from precast.torch_private import prepare_inductor
+
+        prepare_inductor()  # Seconds of imports, before the first job is there.
+    memory = os.environ.get("PRECAST_WORKER_MEMORY")
+    limit_memory(int(memory) if memory else None)
+
+    def answer(message: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    answer({"ready": os.getpid()})
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer({"id": job["id"], **run_job(job, answer)})
+
+
+def run_job(job: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Try the job's compilers in turn; return the answer without its id."""
+    failures = []
+    try:
+        for module in job.get("imports", ()):
+            import_module(module)
+        piece = Piece.from_json(job["piece"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told.
+        return {"failures": [_failure("worker", error)]}
+    for number, name in enumerate(job["compilers"]):
+        answer({"id": job["id"], "started": name})
+        directory = Path(job["directory"]) / f"{number}-{name.rpartition(':')[2]}"
+        started = time.monotonic()
+        try:
+            directory.mkdir(parents=True)
+            result = _compile(name, piece, str(directory), job)
+        except Exception as error:  # noqa: BLE001 - compilers fail in every way there is.
+            failures.append(_failure(name, error))
+            continue
+        seconds = time.monotonic() - started
+        return {**result, "seconds": seconds, "peak_bytes": peak_bytes(), "failures": failures}
+    return {"failures": failures}
+
+
+def load_compiler(name: str) -> Any:
+    """Return the compiler of a name: a built-in or plugged-in one, or `module:attribute`."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return getattr(import_module(module), attribute)()
+    from precast.plugins import load_plugin
+
+    return load_plugin("compilers", name)()
+
+
+def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    compiler = load_compiler(name)
+    if compiler.is_saveable:
+        # What Inductor leaves behind is of no use to others; folders of one service share it.
+        scratch = Path(job["directory"]).parent / "inductor-scratch"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
+    else:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    compiled = compiler.compile(piece, directory)
+    details = dict(compiled.details)
+    verified = None
+    if job.get("verify", True):
+        run = compiler.load(details, compiled.files, piece)
+        verified = _verify(piece, run, details, name, is_retry=bool(job.get("is_retry")))
+    else:
+        _leave_out(piece, details, details.get("unproven", {}))
+    details.pop("unproven", None)
+    return {
+        "compiler": name,
+        "files": dict(compiled.files),
+        "details": details,
+        "verify": verified,
+    }
+
+
+def _verify(
+    piece: Piece, run: Any, details: dict[str, Any], name: str, *, is_retry: bool
+) -> dict[str, Any]:
+    """Compare with eager; what fails at sizes 0 or 1 only is left out of `details["ranges"]`."""
+    from precast.compilers.verify import verify_from_text
+    from precast.graph.read import edge_sizes, zero_sizes
+
+    ranges = details.setdefault("ranges", {})
+
+    def is_inside(sizes: Mapping[str, int]) -> bool:
+        return all(
+            low <= sizes[symbol] and (high is None or sizes[symbol] <= high)
+            for symbol, (low, high) in ranges.items()
+        )
+
+    rows = [sizes for sizes in edge_sizes(piece) if is_inside(sizes)]
+    usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())]
+    result = verify_from_text(piece, run, usual or rows, name)
+    for row in [sizes for sizes in rows if sizes not in usual and usual] + [
+        sizes for sizes in zero_sizes(piece) if is_inside(sizes)
+    ]:
+        small = {symbol: [size] for symbol, size in row.items() if size < 2}
+        try:
+            if is_retry and 0 in row.values():  # Perhaps it was this that crashed.
+                raise CompileError("", name, "not tried again")
+            verify_from_text(piece, run, [row], name)
+        except Exception:  # noqa: BLE001 - eager may refuse such a size just as well.
+            _leave_out(piece, details, small)
+    return {
+        "max_abs_error": result.max_abs_error,
+        "max_rel_error": result.max_rel_error,
+        "sizes": list(result.sizes),
+    }
+
+
+def _leave_out(piece: Piece, details: dict[str, Any], sizes: Mapping[str, list[int]]) -> None:
+    """Raise the low ends of ranges above sizes that do not work."""
+    for symbol, bad in sizes.items():
+        allowed = piece.symbols[symbol]
+        low, high = details.setdefault("ranges", {}).get(symbol, (allowed.low, allowed.high))
+        details["ranges"][symbol] = [max(low, max(bad) + 1), high]
+
+
+def _failure(compiler: str, error: Exception) -> dict[str, Any]:
+    message = (
+        error.problem if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
+    )
+    code = error.code if isinstance(error, CompileError) else "compile-failed"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
+        code = "compile-memory"
+    return {"compiler": compiler, "code": code, "message": message[-_LONGEST_MESSAGE:]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Which model and which call this is, found without tracing.
+
+A fingerprint is a name to look assemblies up under, nothing more: it holds the structure
+(classes, sub-modules, parameters' dtypes and shapes) and leaves every other fact to the
+contract, which decides. Two models of one structure with another epsilon share a
+fingerprint and have two assemblies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from typing import Any
+
+
+def model_fingerprint(function: types.FunctionType, owner: Any) -> str:
+    """Return the digest of a model's structure, or of a plain function's name.
+
+    Args:
+        function: The captured function, unbound.
+        owner: The module it is a method of; None for a function.
+    """
+    parts = [f"{function.__module__}:{function.__qualname__}"]
+    if owner is not None and hasattr(owner, "_modules"):
+        _feed_module(owner, "", parts, set())
+    elif owner is not None:
+        parts.append(_type_name(owner))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _feed_module(module: Any, name: str, parts: list[str], seen: set[int]) -> None:
+    if id(module) in seen:
+        parts.append(f"{name}=again")
+        return
+    seen.add(id(module))
+    parts.append(f"{name}:{_type_name(module)}")
+    for tensors in (module._parameters, module._buffers):
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                parts.append(f"{key}:{tensor.dtype}{tuple(tensor.shape)}{tensor.device.type}")
+    for key, child in module._modules.items():
+        if child is not None:
+            _feed_module(child, key, parts, seen)
+
+
+def call_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return a call's structure: containers, tensors' dtypes and ranks, types of all else.
+
+    Sizes stay out: one assembly covers ranges of them, and its contract knows which.
+    """
+    parts: list[str] = []
+    for value in args:
+        _feed_value(value, parts)
+    for name in sorted(kwargs):
+        parts.append(f"{name}=")
+        _feed_value(kwargs[name], parts)
+    return " ".join(parts)
+
+
+def _feed_value(value: Any, parts: list[str]) -> None:
+    kind = type(value)
+    if kind in (tuple, list):
+        parts.append("(" if kind is tuple else "[")
+        for item in value:
+            _feed_value(item, parts)
+        parts.append(")" if kind is tuple else "]")
+    elif kind is dict:
+        parts.append("{")
+        for key in value:
+            parts.append(f"{key!r}:" if isinstance(key, str | int) else f"{_type_name(key)}:")
+            _feed_value(value[key], parts)
+        parts.append("}")
+    elif hasattr(value, "dtype") and hasattr(value, "dim"):
+        parts.append(f"{value.dtype}/{value.dim()}/{value.device.type}")
+    else:
+        parts.append(_type_name(value))
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,1 @@
+"""What turns a piece into code: one file for each compiler, behind `interface`."""

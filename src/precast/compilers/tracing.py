@@ -1,0 +1,62 @@
+"""What the Inductor adaptors share: a piece as graph and fake inputs, and its sizes afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from precast.errors import CompileError
+
+if TYPE_CHECKING:
+    from precast.graph.piece import Piece
+
+
+class TracedPiece:
+    """A piece ready for Inductor: `graph`, `mode` and `inputs`; afterwards, `sizes()`."""
+
+    def __init__(self, piece: Piece, compiler: str) -> None:
+        from precast.graph.read import fake_inputs, read_piece
+
+        self._piece = piece
+        self._compiler = compiler
+        self.graph: Any = read_piece(piece)
+        self.mode, self.inputs, self._symbols = fake_inputs(piece)
+
+    def sizes(self) -> dict[str, Any]:
+        """Return `ranges` and `unproven` as `CompiledPiece.details` wants them.
+
+        Raises:
+            CompileError: Compiling has specialised the code in a way that no range can say.
+        """
+        from precast.torch_private import SizesSpecializedError, narrowed_ranges
+
+        asked = {name: (r.low, r.high) for name, r in self._piece.symbols.items()}
+        try:
+            ranges, unproven = narrowed_ranges(self.mode, self._symbols, asked)
+        except SizesSpecializedError as error:
+            raise CompileError(piece_name(self._piece), self._compiler, str(error)) from error
+        narrowed = {n: list(bounds) for n, bounds in ranges.items() if bounds != asked[n]}
+        return {"ranges": narrowed, "unproven": unproven}
+
+
+@contextmanager
+def tracing(piece: Piece) -> Iterator[None]:
+    """Trace with open sizes and under the autocast that the piece was captured in."""
+    import torch
+
+    from precast.graph.read import dtype_of
+    from precast.torch_private import tracing_sizes_obliviously
+
+    cast: Any = nullcontext()
+    if piece.autocast is not None:
+        cast = torch.autocast(piece.autocast[0], dtype=dtype_of(piece.autocast[1]))
+    with tracing_sizes_obliviously(), cast:
+        yield
+
+
+def piece_name(piece: Piece) -> str:
+    """Return a short name for messages: the start of the text's digest."""
+    from hashlib import sha256
+
+    return sha256(piece.text.encode()).hexdigest()[:12]

@@ -1,0 +1,423 @@
+"""Find or compile pieces: look up, compile on a miss in worker processes, verify, save, load.
+
+One manager serves one compiled model. It is the only part that knows compilers, cache and
+workers at once; what to do with the pieces is the backend's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from precast.errors import CompileError, ConfigError, PrecastError, Reason
+from precast.events import (
+    CompileStarted,
+    Emit,
+    PieceCompiled,
+    PieceFailed,
+    PieceLoaded,
+    PieceVerified,
+    VerifyMismatched,
+)
+from precast.graph.key import HashComputer, Key
+from precast.plugins import load_plugin
+
+if TYPE_CHECKING:
+    from precast.cache import CacheLoader, CacheStorage
+    from precast.compilers.interface import CompiledCallable, CompilerInterface
+    from precast.config import CompilationConfig
+    from precast.graph.piece import Piece
+
+_AUTO_ORDER = ("aot_inductor", "inductor_standalone")
+_REMEDY = "nothing to do for a right result; report it if you expected speed"
+
+
+class PieceResult:
+    """What became of one unique piece.
+
+    `call` runs it. `record` is what an assembly keeps to load it again, None where nothing
+    can be kept (compiled in process). `reason` says why it is not compiled, where it is not.
+    """
+
+    __slots__ = ("call", "compiler", "from_cache", "key", "ranges", "reason", "record", "seconds")
+
+    def __init__(
+        self,
+        *,
+        call: CompiledCallable,
+        key: str,
+        compiler: str,
+        record: dict[str, Any] | None,
+        seconds: float = 0.0,
+        from_cache: bool = False,
+        reason: Reason | None = None,
+        ranges: Mapping[str, Sequence[int | None]] | None = None,
+    ) -> None:
+        self.call = call
+        self.key = key
+        self.compiler = compiler
+        self.record = record
+        self.seconds = seconds
+        self.from_cache = from_cache
+        self.reason = reason
+        self.ranges = ranges or {}
+
+
+class CompilerManager:
+    """Finds or compiles pieces, by the configuration of one model."""
+
+    def __init__(
+        self,
+        config: CompilationConfig,
+        loader: CacheLoader,
+        storage: CacheStorage,
+        emit: Emit,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config = config
+        self._loader = loader
+        self._storage = storage
+        self._emit = emit
+        self._clock = clock
+        self._compilers: dict[str, CompilerInterface] = {}
+        self._hashers: dict[str, HashComputer] = {}
+        self._service: Any = None
+
+    # -- parts ----------------------------------------------------------------
+
+    def make_compiler(self, name: str | None = None) -> CompilerInterface:
+        """Return the compiler of a name, made once; None: the first that the settings name."""
+        name = self.compiler_names()[0] if name is None else name
+        if name not in self._compilers:
+            setting = self._config.compiler
+            is_object = not isinstance(setting, str) and setting.name == name  # type: ignore[attr-defined]
+            self._compilers[name] = setting if is_object else load_plugin("compilers", name)()  # type: ignore[assignment]
+        return self._compilers[name]
+
+    def compiler_names(self) -> tuple[str, ...]:
+        """Return the compilers to try for each piece, in order."""
+        setting = self._config.compiler
+        if not self._config.use_inductor:
+            return ("eager",)
+        if not isinstance(setting, str):
+            return (setting.name,)  # type: ignore[attr-defined]
+        return _AUTO_ORDER if setting == "auto" else (setting,)
+
+    def compute_hash_keys(self, piece: Piece, compiler: CompilerInterface) -> Key:
+        """Return the key of a piece compiled by a compiler on this machine."""
+        return self._hasher(piece.device).piece_key(piece.text, compiler.identity())
+
+    def _hasher(self, device: str) -> HashComputer:
+        if device not in self._hashers:
+            self._hashers[device] = HashComputer(device)
+        return self._hashers[device]
+
+    def prestart(self) -> None:
+        """Start workers now, so that their imports run beside the capture."""
+        if any(self.make_compiler(name).is_saveable for name in self.compiler_names()):
+            names = self.compiler_names()
+            if names != ("eager",):
+                self._ensure_service().prestart(min(self._config.num_compile_workers(), 2))
+
+    def close(self) -> None:
+        """End the workers."""
+        service, self._service = self._service, None
+        if service is not None:
+            service.close()
+
+    def _ensure_service(self) -> Any:
+        if self._service is None:
+            from precast.background.service import CompileService
+
+            self._service = CompileService(
+                num_workers=self._config.num_compile_workers(),
+                timeout_s=self._config.max_compile_time,
+                memory_bytes=self._config.max_compile_memory,
+                emit=self._emit,
+                clock=self._clock,
+            )
+        return self._service
+
+    # -- the work -------------------------------------------------------------
+
+    def load(self, record: Mapping[str, Any], *, name: str = "") -> CompiledCallable | None:
+        """Return the code that a record stands for; None where its files are not sound.
+
+        Raises:
+            PrecastError: The files are sound and yet cannot be loaded here.
+        """
+        started = self._clock()
+        compiler = self.make_compiler(record["compiler"])
+        files = record["files"]
+        paths = self._loader.files(files) if files else {}
+        if paths is None:
+            return None
+        call = compiler.load(record["details"], paths, None)
+        self._emit(
+            PieceLoaded(
+                name, record["key"], "cache", self._clock() - started, record.get("seconds", 0.0)
+            )
+        )
+        return call
+
+    def find(self, piece: Piece, name: str) -> PieceResult | None:
+        """Return a piece from the cache, by the first compiler that has it."""
+        for compiler_name in self.compiler_names():
+            compiler = self.make_compiler(compiler_name)
+            if not compiler.is_saveable or compiler_name == "eager":
+                continue
+            key = self.compute_hash_keys(piece, compiler)
+            manifest = self._loader.manifest(key.digest)
+            if manifest is None:
+                continue
+            record = self._record(key.digest, manifest)
+            try:
+                call = self.load(record, name=name) if record is not None else None
+            except PrecastError as error:
+                # Sound bytes that do not load here are of no use to anybody: compile again.
+                self._storage.quarantine(key.digest, error.reason)
+                continue
+            if record is not None and call is not None:
+                return PieceResult(
+                    call=call,
+                    key=key.digest,
+                    compiler=compiler_name,
+                    record=record,
+                    seconds=record["seconds"],
+                    from_cache=True,
+                    ranges=record["details"].get("ranges"),
+                )
+        return None
+
+    @staticmethod
+    def _record(key: str, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            return {
+                "key": key,
+                "compiler": manifest["compiler"],
+                "details": manifest["details"],
+                "files": manifest["files"],
+                "seconds": manifest["seconds"],
+            }
+        except KeyError:
+            return None  # Another format: a miss.
+
+    def compile(self, pieces: Sequence[Piece], names: Sequence[str]) -> list[PieceResult]:
+        """Return what became of every piece, in order: from the cache, compiled, or eager.
+
+        Never raises for a piece: one that cannot be compiled stays eager, with the reason.
+        """
+        results: list[PieceResult | None] = [
+            self._eager(piece, None)
+            if self.compiler_names() == ("eager",)
+            else self.find(piece, name)
+            for piece, name in zip(pieces, names, strict=True)
+        ]
+        missing = [i for i, result in enumerate(results) if result is None]
+        if missing and self._config.mode == "cache_only":
+            reason = Reason(
+                "cache-disabled" if self._config.disable_compile_cache else "not-recorded",
+                'mode="cache_only" found no artifact; the piece runs eager',
+                'fill the cache with mode="blocking" first',
+            )
+            for i in missing:
+                results[i] = self._eager(pieces[i], reason)
+        elif missing:
+            self._compile_missing(pieces, names, missing, results)
+        return [result for result in results if result is not None]
+
+    def _compile_missing(
+        self,
+        pieces: Sequence[Piece],
+        names: Sequence[str],
+        missing: Sequence[int],
+        results: list[PieceResult | None],
+    ) -> None:
+        in_process = [
+            name for name in self.compiler_names() if not self.make_compiler(name).is_saveable
+        ]
+        if in_process:
+            for i in missing:
+                results[i] = self._compile_here(pieces[i], names[i], in_process[0])
+            return
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="precast-") as scratch:
+            futures = {}
+            for i in missing:
+                directory = os.path.join(scratch, str(i))
+                os.mkdir(directory)
+                self._emit(CompileStarted(names[i], "", "/".join(self.compiler_names())))
+                futures[i] = self._submit(pieces[i], names[i], directory)
+            for i, future in futures.items():
+                results[i] = self._finish(pieces[i], names[i], future)
+
+    def _submit(self, piece: Piece, name: str, directory: str) -> Any:
+        from precast.background.service import CompileJob
+
+        setting = self._config.compiler
+        compilers = self.compiler_names()
+        if not isinstance(setting, str):
+            kind = type(setting)
+            compilers = (f"{kind.__module__}:{kind.__qualname__}",)
+        return self._ensure_service().submit(
+            CompileJob(
+                piece=piece.to_json(),
+                name=name,
+                directory=directory,
+                compilers=compilers,
+                verify=self._config.verify,
+            )
+        )
+
+    def _finish(self, piece: Piece, name: str, future: Any) -> PieceResult:
+        """Take one worker's answer: save and load what it made, or say why it made nothing."""
+        try:
+            done = future.result()
+        except CompileError as error:
+            return self._failed(piece, name, error.reason)
+        for failure in done.failures:
+            reason = Reason(failure.code, f"{failure.compiler}: {failure.message}", _REMEDY)
+            if failure.code == "verify-mismatch":
+                self._emit(VerifyMismatched(name, "", reason))
+            elif done.compiler is not None:
+                self._emit(PieceFailed(name, "", failure.compiler, reason))
+        if done.compiler is None:
+            last = done.failures[-1]
+            reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
+            return self._failed(piece, name, reason)
+        compiler = self.make_compiler(done.compiler)
+        key = self.compute_hash_keys(piece, compiler)
+        files = {label: _PathOf(path) for label, path in done.files.items()}
+        payload = self._storage.publish(
+            key.digest,
+            {
+                "kind": "piece",
+                "compiler": done.compiler,
+                "details": dict(done.details),
+                "seconds": done.seconds,
+                "parts": key.parts,
+                "piece": piece.to_json(),
+                "verification": done.verify,
+            },
+            files,
+        )
+        num_bytes = sum(os.path.getsize(path) for path in done.files.values())
+        self._emit(
+            PieceCompiled(
+                name, key.digest, done.compiler, done.seconds, num_bytes, done.worker_pid
+            )
+        )
+        if done.verify:
+            self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
+        record = self._record(key.digest, payload)
+        try:
+            call = self.load(record, name=name) if record is not None else None
+            if call is None:
+                # No tier could keep it (a full disk, say): open it where the worker left it.
+                call = compiler.load(done.details, self._keep(done.files), None)
+                record = None
+        except PrecastError as error:
+            return self._failed(piece, name, error.reason)
+        return PieceResult(
+            call=call,
+            key=key.digest,
+            compiler=done.compiler,
+            record=record,
+            seconds=done.seconds,
+            ranges=done.details.get("ranges"),
+        )
+
+    def _keep(self, files: Mapping[str, str]) -> dict[str, str]:
+        """Copy files that no tier took to a folder that lives as long as this process."""
+        import atexit
+        import shutil
+        import tempfile
+
+        folder = tempfile.mkdtemp(prefix="precast-kept-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return {name: shutil.copy(path, os.path.join(folder, name)) for name, path in files.items()}
+
+    def _compile_here(self, piece: Piece, name: str, compiler_name: str) -> PieceResult:
+        """Compile in this process, with a compiler whose result cannot be kept."""
+        compiler = self.make_compiler(compiler_name)
+        key = self.compute_hash_keys(piece, compiler)
+        started = self._clock()
+        self._emit(CompileStarted(name, key.digest, compiler_name))
+        try:
+            call = compiler.load({}, {}, piece)
+        except Exception as error:  # noqa: BLE001 - A third party's compiler raises what it likes.
+            reason = Reason(
+                "compile-failed",
+                f"{compiler_name}: {type(error).__name__}: {error}; the piece runs eager",
+                _REMEDY,
+            )
+            return self._failed(piece, name, reason)
+        seconds = self._clock() - started
+        self._emit(PieceCompiled(name, key.digest, compiler_name, seconds, 0, os.getpid()))
+        return PieceResult(
+            call=call, key=key.digest, compiler=compiler_name, record=None, seconds=seconds
+        )
+
+    def _failed(self, piece: Piece, name: str, reason: Reason) -> PieceResult:
+        self._emit(PieceFailed(name, "", "/".join(self.compiler_names()), reason))
+        if self._config.on_error == "raise":
+            raise CompileError(name, "/".join(self.compiler_names()), reason.message)
+        return self._eager(piece, reason)
+
+    def _eager(self, piece: Piece, reason: Reason | None) -> PieceResult:
+        return PieceResult(
+            call=eager_call(piece),
+            key="",
+            compiler="eager",
+            record={"eager": piece.to_json(), "reason": None if reason is None else reason.as_dict()},
+            reason=reason,
+        )
+
+    def save(self, key: str, payload: Mapping[str, Any]) -> None:
+        """Publish what is no artifact of a piece: an assembly."""
+        self._storage.publish(key, payload, {})
+
+
+class _PathOf:
+    """A path as `os.PathLike`, which tells the storage a file from bytes."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return self._path
+
+
+def eager_call(piece: Piece) -> CompiledCallable:
+    """Return a piece's own text as a callable of the boxed convention."""
+    from precast.graph.read import eager_function
+
+    function = eager_function(piece)
+    return lambda inputs: function(*inputs)
+
+
+def check_compiler(setting: object) -> None:
+    """Refuse a compiler that is neither a name nor a compiler.
+
+    Raises:
+        ConfigError: Says what is missing.
+    """
+    if isinstance(setting, str):
+        return
+    missing = [
+        name
+        for name in ("name", "is_saveable", "identity", "compile", "load")
+        if not hasattr(setting, name)
+    ]
+    if missing:
+        raise ConfigError(
+            "compiler",
+            setting,
+            f"a compiler (it has no {', '.join(missing)})",
+            "see precast.compilers.interface.CompilerInterface",
+        )

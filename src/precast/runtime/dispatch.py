@@ -1,0 +1,157 @@
+"""Which compiled assembly serves a call: the hot path, and the way out of it.
+
+`Dispatcher` asks the loaded assemblies in turn: does the call fit (generated code), is the
+model still as it was bound (loops in C)? The first that says yes runs. Everything else, a
+first call, a new shape, a changed model, is `resolve`'s business, one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+class Runnable(Protocol):
+    """What the hot path needs of a loaded assembly (`assembly.LoadedAssembly`)."""
+
+    @property
+    def check(self) -> Callable[..., int]:
+        """0 where the assembly serves a call with these arguments."""
+
+    @property
+    def bound(self) -> Any:
+        """The assembly tied to the model: `entry` and `is_current`."""
+
+    @property
+    def mutates(self) -> bool:
+        """Whether a call writes into its arguments or the model."""
+
+
+class Dispatcher:
+    """Serves the calls of one model or function.
+
+    Args:
+        owner: The module whose `forward` is served; None for a plain function.
+        eager: Runs a call as it would run without Precast; takes the owner first.
+        resolve: Serves a call that no loaded assembly serves, and may load or compile one.
+        report: Told of a compiled call that raised: (assembly, error).
+    """
+
+    __slots__ = ("_eager", "_owner_args", "_report", "_resolve", "compiled", "loaded", "owner")
+
+    def __init__(
+        self,
+        owner: Any,
+        eager: Callable[..., Any],
+        resolve: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        report: Callable[[Any, BaseException], None],
+    ) -> None:
+        self.owner = owner
+        self.compiled: Any = None  # Whose dispatcher this is.
+        self.loaded: tuple[Runnable, ...] = ()
+        self._owner_args = () if owner is None else (owner,)
+        self._eager = eager
+        self._resolve = resolve
+        self._report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve one call."""
+        owner = self.owner
+        if owner is not None and (owner._forward_pre_hooks or owner._forward_hooks):
+            return call_with_hooks(owner, self.forward, args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve one call, the model's own hooks left out."""
+        args = self._owner_args + args
+        for assembly in self.loaded:
+            try:
+                # 0: the call is as the assembly wants it. Arguments that do not even bind raise.
+                is_fit = not assembly.check(*args, **kwargs)
+            except Exception:  # noqa: BLE001 - The arguments are anything a user may pass.
+                continue
+            bound = assembly.bound
+            if is_fit and bound.is_current():
+                if _is_grad_enabled() and needs_gradient(bound.binding.weights, args, kwargs):
+                    break
+                try:
+                    return bound.entry(*args, **kwargs)
+                except Exception as error:
+                    if assembly.mutates:
+                        raise  # Half of a write may be done: running it again would be wrong.
+                    self._report(assembly, error)
+                    return self._eager(*args, **kwargs)
+        return self._resolve(args, kwargs)
+
+
+def needs_gradient(
+    weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether eager would record a gradient for this call."""
+    for tensor in weights:
+        if tensor.requires_grad:
+            return True
+    return any(_requires_grad(value) for value in (*args, *kwargs.values()))
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if type(value) in (tuple, list):
+        return any(map(_requires_grad, value))
+    if type(value) is dict:
+        return any(map(_requires_grad, value.values()))
+    return False
+
+
+def call_with_hooks(
+    module: torch.nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call `forward` between a module's own forward hooks, as `nn.Module.__call__` does.
+
+    Backward hooks need gradients, which compiled code never has.
+    """
+    for identity, hook in list(module._forward_pre_hooks.items()):
+        if identity in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    done: set[int] = set()
+    try:
+        result = forward(*args, **kwargs)
+        for identity, hook in list(module._forward_hooks.items()):
+            done.add(identity)
+            changed = _run_hook(module, identity, hook, args, kwargs, result)
+            if changed is not None:
+                result = changed
+        return result
+    except Exception:
+        # As torch does: hooks that asked to run always, run also after an error.
+        for identity, hook in list(module._forward_hooks.items()):
+            if identity in module._forward_hooks_always_called and identity not in done:
+                _run_hook(module, identity, hook, args, kwargs, None)
+        raise
+
+
+def _run_hook(
+    module: torch.nn.Module,
+    identity: int,
+    hook: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+) -> Any:
+    if identity in module._forward_hooks_with_kwargs:
+        return hook(module, args, kwargs, result)
+    return hook(module, args, result)

@@ -1,0 +1,53 @@
+"""The code that each piece runs now; the only place where running code is replaced.
+
+The execution code calls a list, `pieces[3]([h, w])`. Replacing an entry of that list is one
+atomic step in CPython: a thread inside of a call goes on with the entry that it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PieceCallable = Callable[[list[Any]], Sequence[Any]]
+
+
+class Slot:
+    """What is known of one slot: its piece, what runs there, and why it is not compiled code."""
+
+    __slots__ = ("compiler", "piece", "reason", "seconds_saved", "tier")
+
+    def __init__(
+        self,
+        piece: str,
+        *,
+        compiler: str,
+        tier: str | None = None,
+        reason: Any = None,
+        seconds_saved: float = 0.0,
+    ) -> None:
+        self.piece = piece
+        self.compiler = compiler
+        self.tier = tier
+        self.reason = reason
+        self.seconds_saved = seconds_saved
+
+
+class SlotTable:
+    """The slots of one assembly. `callables` is the very list that the execution code calls."""
+
+    __slots__ = ("callables", "slots")
+
+    def __init__(self) -> None:
+        self.callables: list[PieceCallable | None] = []
+        self.slots: list[Slot | None] = []
+
+    def add(self, call: PieceCallable | None, slot: Slot | None) -> None:
+        """Append a slot; None keeps the place of a sub-graph that was inlined."""
+        self.callables.append(call)
+        self.slots.append(slot)
+
+    def swap(self, index: int, call: PieceCallable, slot: Slot) -> None:
+        """Replace what one slot runs, from the next call on."""
+        self.slots[index] = slot
+        self.callables[index] = call

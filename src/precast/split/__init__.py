@@ -1,0 +1,1 @@
+"""Where a graph is cut: rules that choose, and the one algorithm that cuts."""

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from precast.background.service import CompileJob, CompileService
+from precast.errors import CompileCrashedError, CompileTimeoutError
+from precast.events import CompileStarted, Event
+from unit.compilers.example_pieces import TINY
+
+PLANTED = "unit.background.planted:"
+COLD = {"PRECAST_WORKER_WARM": "0"}  # Planted compilers do not need Inductor.
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[CompileService]:
+    with CompileService(1, timeout_s=60, environment=COLD) as service:
+        yield service
+
+
+def job(tmp_path: Path, *compilers: str) -> CompileJob:
+    return CompileJob(
+        piece=TINY.to_json(),
+        compilers=tuple(PLANTED + name if name[0].isupper() else name for name in compilers),
+        directory=str(tmp_path / "job"),
+        name="tiny",
+    )
+
+
+def test_a_piece_comes_back_verified(service: CompileService, tmp_path: Path) -> None:
+    result = service.submit(job(tmp_path, "eager")).result()
+
+    assert result.compiler == "eager"
+    assert result.verify is not None and result.verify["max_abs_error"] == 0
+    assert result.verify["sizes"]
+    assert result.worker_pid != os.getpid()
+
+
+def test_what_a_compiler_prints_does_not_disturb_answers(
+    service: CompileService, tmp_path: Path
+) -> None:
+    assert service.submit(job(tmp_path, "Noisy")).result().compiler == PLANTED + "Noisy"
+
+
+def test_the_next_compiler_is_tried_when_one_fails(service: CompileService, tmp_path: Path) -> None:
+    result = service.submit(job(tmp_path, "Raising", "Wrong", "eager")).result()
+
+    assert result.compiler == "eager"
+    assert [failure.code for failure in result.failures] == ["compile-failed", "verify-mismatch"]
+    assert "no such luck" in result.failures[0].message
+
+
+def test_a_piece_that_every_compiler_refuses_says_why(
+    service: CompileService, tmp_path: Path
+) -> None:
+    result = service.submit(job(tmp_path, "Raising")).result()
+
+    assert result.compiler is None
+    assert len(result.failures) == 1
+
+
+def test_code_that_is_wrong_only_when_empty_is_kept_for_other_sizes(
+    service: CompileService, tmp_path: Path
+) -> None:
+    result = service.submit(job(tmp_path, "WrongWhenEmpty")).result()
+
+    assert result.compiler == PLANTED + "WrongWhenEmpty"
+    assert result.details["ranges"] == {"s0": [1, None]}
+
+
+def test_a_worker_that_crashes_is_replaced_and_its_job_tried_again(
+    service: CompileService, tmp_path: Path
+) -> None:
+    before = service.submit(job(tmp_path / "before", "eager")).result().worker_pid
+    result = service.submit(job(tmp_path, "AbortingOnce")).result()
+
+    assert result.compiler == PLANTED + "AbortingOnce"
+    assert result.worker_pid != before
+
+
+def test_a_compiler_that_always_crashes_is_given_up_for_the_next(
+    service: CompileService, tmp_path: Path
+) -> None:
+    result = service.submit(job(tmp_path, "Aborting", "eager")).result()
+
+    assert result.compiler == "eager"
+    assert [failure.code for failure in result.failures] == ["compile-crashed"]
+
+
+def test_a_crash_names_the_signal(service: CompileService, tmp_path: Path) -> None:
+    with pytest.raises(CompileCrashedError) as caught:
+        service.submit(job(tmp_path, "Aborting")).result()
+
+    assert caught.value.signal == 6
+
+
+def test_a_compile_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    with CompileService(1, timeout_s=8, environment=COLD) as service:
+        started = time.monotonic()
+        with pytest.raises(CompileTimeoutError):
+            service.submit(job(tmp_path, "Hanging")).result()
+        assert time.monotonic() - started < 30
+
+        child = int(next((tmp_path / "job").rglob("child")).read_text())
+        assert not is_running(child)
+        assert service.submit(job(tmp_path / "next", "eager")).result().compiler == "eager"
+
+
+def test_an_allocation_beyond_the_limit_is_a_reason_of_its_own(tmp_path: Path) -> None:
+    with CompileService(1, memory_bytes=8 << 30, environment=COLD) as service:
+        result = service.submit(job(tmp_path, "Greedy")).result()
+
+    assert result.failures[0].code == "compile-memory"
+
+
+def test_closing_ends_workers_at_once(tmp_path: Path) -> None:
+    events: list[Event] = []
+    service = CompileService(1, emit=events.append, environment=COLD)
+    running = service.submit(job(tmp_path, "Hanging"))
+    waiting = service.submit(job(tmp_path / "next", "eager"))
+    while not any(isinstance(event, CompileStarted) for event in events):
+        time.sleep(0.05)
+    started = time.monotonic()
+    service.close()
+
+    assert time.monotonic() - started < 10
+    assert running.exception() is not None
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError):
+        service.submit(job(tmp_path, "eager"))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
