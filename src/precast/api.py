@@ -9,17 +9,23 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 
 from precast.assembly import Assembly, LoadedAssembly, open_assembly
 from precast.cache import CacheLoader, CacheStorage, open_cache
-from precast.capture.fingerprint import call_signature, model_fingerprint
+from precast.capture.fingerprint import (
+    call_signature,
+    example_shapes,
+    like_example,
+    model_fingerprint,
+)
 from precast.config import CompilationConfig, read_config
 from precast.errors import (
     ArtifactError,
@@ -32,6 +38,7 @@ from precast.events import (
     AssemblyLoaded,
     AssemblyPublished,
     AssemblyRejected,
+    AssemblyRevalidated,
     CallOutsideContract,
     CaptureFailed,
     CaptureFinished,
@@ -49,12 +56,17 @@ from precast.runtime.slot import Slot, SlotTable
 
 if TYPE_CHECKING:
     from precast.backend import BuiltModel
+    from precast.background.service import CompileService
     from precast.capture.dynamo import Capture
 
 ModelT = TypeVar("ModelT", bound=Callable[..., Any])
 
 # Assemblies of one structure and signature: other constants, other ranges of sizes.
 _MOST_CANDIDATES = 8
+# Calls of one signature that eager refuses too, after which it is captured no more.
+_MOST_FAILED_CALLS = 3
+# A start has better things to do than to look twice.
+REVALIDATION_DELAY_S = 10.0
 
 
 class Session:
@@ -90,7 +102,9 @@ class Session:
             emit=self.emit,
             clock=time.perf_counter,
         )
-        self.manager = CompilerManager(config, self.loader, self.storage, self.emit)
+        self.manager = CompilerManager(
+            config, self.loader, self.storage, self.emit, self._make_service
+        )
         self._hashers: dict[str, HashComputer] = {}
 
     @staticmethod
@@ -106,6 +120,19 @@ class Session:
         if device not in self._hashers:
             self._hashers[device] = HashComputer(device)
         return self._hashers[device]
+
+    def _make_service(self) -> CompileService:
+        from precast.background.service import CompileService
+
+        return CompileService(
+            num_workers=self.config.num_compile_workers(),
+            timeout_s=self.config.max_compile_time,
+            memory_bytes=self.config.max_compile_memory,
+            emit=self.emit,
+            clock=time.perf_counter,
+            # Inductor writes a loop for the number of threads that its process has.
+            environment={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
 
     def close(self) -> None:
         """End workers and remove temporary files."""
@@ -132,21 +159,35 @@ def open_session(
 class CompiledModel:
     """One model or function that Precast serves."""
 
-    def __init__(
-        self, function: types.FunctionType, owner: Any, session: Session, *, is_block: bool = False
-    ) -> None:
-        self.function = function
+    def __init__(self, function: Any, owner: Any, session: Session, *, is_block: bool = False):
+        """Start nothing yet.
+
+        Args:
+            function: The function to serve; None: what the owner's `forward` is.
+            owner: The module that it is a method of; None for a function.
+            session: What the parts share.
+            is_block: It is a block of a model that could not be captured whole.
+        """
+        served = find_forward(owner) if function is None else function
+        self._is_wrapping = served is None
+        self.function: types.FunctionType = wrap_forward() if served is None else served
         self.owner = owner
         self.session = session
         self.is_block = is_block
         self.reasons: list[Reason] = []
         self.blocks: list[CompiledModel] = []
-        self.dispatcher = Dispatcher(owner, function, self._resolve, self._report_failed_call)
+        self.dispatcher = Dispatcher(
+            owner, self._run_eager, self._resolve, self._report_failed_call
+        )
         self.dispatcher.compiled = self
         self.is_warm: bool | None = None
+        self.not_revalidated: str | None = None
+        self._call_off: list[Callable[[], None]] = []
         self.start_seconds: float | None = None
         self._lock = threading.RLock()
         self._gave_up: dict[str, Reason] = {}
+        self._num_failed: dict[str, int] = {}
+        self._unsound: set[str] = set()
         self._traced: Callable[..., Any] | None = None
         self._is_eager = session.config.compilation_level == "none"
         self._fingerprint: str | None = None
@@ -155,34 +196,77 @@ class CompiledModel:
 
     def _resolve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve a call off the hot path: rebind, load, compile, or run eager with a reason."""
-        run = self._find(args, kwargs)
-        if run is None:
+        found, failed = self._find(args, kwargs)
+        if isinstance(found, LoadedAssembly):
+            return self.dispatcher.run(found, found.bound, args, kwargs)
+        if found is not None:
+            return found(*args, **kwargs)
+        try:
             return self.function(*args, **kwargs)
-        return run(*args, **kwargs)
+        except Exception:
+            if failed is not None:
+                self._take_back(failed)
+            raise
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """Return what runs a call compiled; None: eager."""
+    def _run_eager(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[LoadedAssembly | Callable[..., Any] | None, str | None]:
+        """Return what runs a call, None: eager; and the signature if it was just given up."""
+        self._follow_forward()
         if self._is_eager or self._must_stay_eager(args, kwargs):
-            return None
+            return None, None
         with self._lock:
             if self._traced is not None:
-                return self._traced
+                return self._traced, None
             if self.blocks:
-                return None  # The blocks within are compiled, the rest is Python.
+                return None, None  # The blocks within are compiled, the rest is Python.
             signature = call_signature(args[self._num_owners :], kwargs)
+            loaded = self._rebind(args, kwargs)
+            if loaded is not None:
+                return loaded, None
             if signature in self._gave_up:
-                return None
-            loaded = self._rebind(args, kwargs) or self._start(args, kwargs, signature)
-            if loaded is None or loaded.bound is None:
-                return self._traced
-            return loaded.bound.entry
+                return None, None
+            loaded = self._start(args, kwargs, signature)
+            if loaded is not None:
+                return loaded, None
+            return self._traced, signature if signature in self._gave_up else None
+
+    def _follow_forward(self) -> None:
+        """Serve the `forward` that the model has now, should someone have replaced it."""
+        if self.owner is None or self._is_wrapping:
+            return
+        function = find_forward(self.owner)
+        if function is self.function:
+            return
+        with self._lock:
+            self._go_back()
+            self._is_wrapping = function is None
+            self.function = wrap_forward() if function is None else function
+            self._fingerprint = None
+
+    def _take_back(self, signature: str) -> None:
+        """Forget that a call could not be compiled: eager failed as well, the call is at fault.
+
+        Not for ever: a model that is called wrongly again and again is not captured each time.
+        """
+        with self._lock:
+            self._num_failed[signature] = self._num_failed.get(signature, 0) + 1
+            if self._num_failed[signature] < _MOST_FAILED_CALLS:
+                reason = self._gave_up.pop(signature, None)
+                self.reasons = [known for known in self.reasons if known is not reason]
+                for block in self.blocks:
+                    block.detach()
+                self.blocks = []
 
     @property
     def _num_owners(self) -> int:
         return 0 if self.owner is None else 1
 
     def _must_stay_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
             return True  # Somebody traces through the model: let them see its own code.
         if not torch.is_grad_enabled():
             return False
@@ -198,9 +282,7 @@ class CompiledModel:
         )
         return True
 
-    def _rebind(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LoadedAssembly | None:
+    def _rebind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoadedAssembly | None:
         """Bind a loaded assembly anew whose call check holds, where the model still fits."""
         for loaded in self.dispatcher.loaded:
             assert isinstance(loaded, LoadedAssembly)
@@ -261,21 +343,17 @@ class CompiledModel:
     def _assembly_key(self, signature: str) -> str:
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.function, self.owner)
-        return (
-            self.session.hasher(self._device())
-            .assembly_key(
-                self._fingerprint, signature, _plain_settings(self.session.config.key_settings())
-            )
-            .digest
-        )
+        settings = _plain_settings(self.session.config.key_settings())
+        hasher = self.session.hasher(self._device(signature))
+        return hasher.assembly_key(self._fingerprint, signature, settings).digest
 
-    def _device(self) -> str:
-        if self.owner is not None:
-            for tensor in self.owner.parameters():
-                if tensor.device.type != "cpu":
-                    return tensor.device.type
-                break
-        return "cpu"
+    def _device(self, signature: str) -> str:
+        """Return the device type whose toolchain counts."""
+        tensors = [] if self.owner is None else [*self.owner.parameters(), *self.owner.buffers()]
+        kinds = {tensor.device.type for tensor in tensors} | set(
+            re.findall(r"torch\.\w+/\d+/(\w+)", signature)
+        )
+        return min(kinds - {"cpu"}, default="cpu")
 
     # -- warm -----------------------------------------------------------------
 
@@ -283,8 +361,6 @@ class CompiledModel:
         self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
         """Find a stored assembly for this call."""
-        if self.session.config.revalidate == "always" and not self.dispatcher.loaded:
-            return None
         known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
         for number in range(_MOST_CANDIDATES):
             candidate = f"{key}-{number}"
@@ -312,11 +388,104 @@ class CompiledModel:
                 self.session.emit(AssemblyRejected(self.session.name, candidate, bound))
                 continue
             loaded.bound = bound
+            if self._is_disproved(loaded, args, kwargs):
+                continue
             self._install(loaded, started, is_warm=True)
             return loaded
         return None
 
+    # -- a second look at a warm start -------------------------------------------
+
+    def _is_disproved(
+        self, loaded: LoadedAssembly, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Trace again as the settings say; True where that shows the assembly to be wrong now."""
+        when = self.session.config.revalidate
+        if when == "never" or self.is_block:
+            return False
+        if when == "background" and self._device() != "cpu":
+            self.not_revalidated = "a second look would take the model's size again on the GPU"
+            return False
+        request = self._revalidation_request(loaded, args[self._num_owners :], kwargs)
+        if request is None:
+            self.not_revalidated = "the captured call cannot be made again from this one"
+            return False
+        if when == "background":
+            self._revalidate_behind(loaded, request)
+            return False
+        from precast.background.revalidate import texts_of
+
+        started = time.perf_counter()
+        try:
+            texts = texts_of(request)
+        except PrecastError:
+            texts = []
+        return not self._take_verdict(loaded, set(texts), time.perf_counter() - started)
+
+    def _revalidation_request(
+        self, loaded: LoadedAssembly, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return what a second look needs; None where it would not see what the first one saw.
+
+        Sizes decide what is dynamic: the second look gets tensors of the captured call's shapes.
+        """
+        alike = like_example(args, kwargs, loaded.assembly.example)
+        if alike is None or loaded.assembly.contract["state"]["autocast"]:
+            return None
+        is_method = getattr(type(self.owner), "forward", None) is self.function
+        return {
+            "function": None if is_method else self.function,
+            "owner": self.owner,
+            "args": alike[0],
+            "kwargs": alike[1],
+            "config": self.session.config,
+            "is_inference": torch.is_inference_mode_enabled(),
+        }
+
+    def _revalidate_behind(self, loaded: LoadedAssembly, request: dict[str, Any]) -> None:
+        called_off = threading.Event()
+        self._call_off.append(called_off.set)
+
+        def run() -> None:
+            if called_off.wait(REVALIDATION_DELAY_S):
+                return
+            from precast.background.revalidate import CannotRevalidate, ask_child
+
+            started = time.perf_counter()
+            try:
+                texts = ask_child(request, called_off)
+            except CannotRevalidate as problem:
+                self.not_revalidated = str(problem)
+                return
+            if not called_off.is_set():
+                self._take_verdict(loaded, texts, time.perf_counter() - started)
+
+        # A daemon: the interpreter does not wait for it at exit, and the child ends with its pipe.
+        threading.Thread(target=run, name="precast-revalidate", daemon=True).start()
+
+    def _take_verdict(self, loaded: LoadedAssembly, texts: set[str], seconds: float) -> bool:
+        """Keep an assembly whose texts were found again; throw any other away. Return which."""
+        is_valid = texts == set(loaded.assembly.texts)
+        self.session.emit(AssemblyRevalidated(self.session.name, loaded.key, is_valid, seconds))
+        if not is_valid:
+            # From the next call on: another assembly or a new capture.
+            with self._lock:
+                self.dispatcher.loaded = tuple(
+                    other for other in self.dispatcher.loaded if other is not loaded
+                )
+            self.session.storage.discard(loaded.key)
+            self._note(
+                Reason(
+                    "stale-assembly",
+                    "tracing the model again gave other pieces than the stored assembly has; "
+                    "it was thrown away",
+                    "report it: the contract should have noticed",
+                )
+            )
+        return is_valid
+
     def _reject(self, key: str, problem: str) -> None:
+        self._unsound.add(key)
         self.session.emit(
             AssemblyRejected(
                 self.session.name,
@@ -373,8 +542,8 @@ class CompiledModel:
                     dynamic_shapes=session.config.dynamic_shapes,
                     name=session.name,
                 )
-            except Unrecordable as problem:
-                self._trace_on_start(str(problem))
+            except Unrecordable as finding:
+                self._trace_on_start(str(finding))
                 return None
             if capture is None:
                 raise CaptureError(session.name, "it computes nothing with tensors")
@@ -402,9 +571,9 @@ class CompiledModel:
             )
         finally:
             session.manager.close()
-        assembly = self._assemble(capture, built)
+        assembly = self._assemble(capture, built, example_shapes(args[self._num_owners :], kwargs))
         storable = assembly.to_json() if all(r.record is not None for r in built.results) else None
-        slot_key = f"{key}-{self._free_candidate(key)}"
+        slot_key = f"{key}-{self._free_candidate(key, assembly)}"
         loaded = open_assembly(assembly, slot_key, built.slots, self.function)
         bound = loaded.bind(self.function, self.owner)
         if isinstance(bound, Reason):
@@ -424,7 +593,7 @@ class CompiledModel:
             return None
         return loaded
 
-    def _assemble(self, capture: Capture, built: BuiltModel) -> Assembly:
+    def _assemble(self, capture: Capture, built: BuiltModel, example: list[list[int]]) -> Assembly:
         from precast.stitch import SerializableFunction
 
         assert capture.contract is not None
@@ -434,6 +603,7 @@ class CompiledModel:
             call_check=capture.call_check(sorted(built.mutated), built.narrowed),
             contract=capture.contract.to_json(),
             entry=capture.entry.to_json(),
+            example=example,
             execution=SerializableFunction(built.execution).to_json(),
             groups=[[position[name] for name in group] for group in built.groups],
             mutates=bool(built.mutated),
@@ -444,12 +614,15 @@ class CompiledModel:
             texts=built.texts,
         )
 
-    def _free_candidate(self, key: str) -> int:
-        """Return the first number that no sound assembly has, or the last one to replace."""
+    def _free_candidate(self, key: str, assembly: Assembly) -> int:
+        """Return the first number that no sound other assembly has, or the last one to replace."""
         known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
         for number in range(_MOST_CANDIDATES):
             candidate = f"{key}-{number}"
-            if candidate not in known and self.session.loader.manifest(candidate) is None:
+            if candidate in known:
+                continue
+            manifest = self.session.loader.manifest(candidate)
+            if manifest is None or candidate in self._unsound or _is_same(manifest, assembly):
                 return number
         return _MOST_CANDIDATES - 1
 
@@ -474,11 +647,12 @@ class CompiledModel:
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
                 return traced(*args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - Dynamo's, a compiler's or the user's.
                 # Dynamo raises before it runs anything, or what eager raises too.
+                result = self.function(*args, **kwargs)
                 self._report_failed_call(None, error)
                 self._is_eager = True
-                return self.function(*args, **kwargs)
+                return result
 
         self._traced = run
 
@@ -488,7 +662,11 @@ class CompiledModel:
         if isinstance(error, CaptureError):
             self.session.emit(CaptureFailed(self.session.name, error.reason))
         self._give_up(signature, error.reason)
-        if isinstance(error, CaptureError) and self.owner is not None and not self.dispatcher.loaded:
+        if (
+            isinstance(error, CaptureError)
+            and self.owner is not None
+            and not self.dispatcher.loaded
+        ):
             self.blocks = [
                 attach(block, Session.for_block(self.session, name), is_block=True)
                 for name, block in find_blocks(self.owner)
@@ -499,7 +677,9 @@ class CompiledModel:
         self._note(reason)
 
     def _note(self, reason: Reason) -> None:
-        if all(known.code != reason.code or known.message != reason.message for known in self.reasons):
+        if all(
+            known.code != reason.code or known.message != reason.message for known in self.reasons
+        ):
             self.reasons.append(reason)
             self.session.emit(FellBack(self.session.name, None, reason))
 
@@ -510,7 +690,9 @@ class CompiledModel:
         self.session.emit(
             CallOutsideContract(
                 self.session.name,
-                Reason("outside-contract", f"{problem}; this call is compiled anew", "nothing to do"),
+                Reason(
+                    "outside-contract", f"{problem}; this call is compiled anew", "nothing to do"
+                ),
             )
         )
 
@@ -541,8 +723,12 @@ class CompiledModel:
             self.start_seconds, self.is_warm = seconds, is_warm
         slots = [slot for slot in loaded.slots.slots if slot is not None]
         pieces = loaded.assembly.pieces
-        saved = loaded.assembly.seconds if is_warm else sum(
-            result.seconds for result in (built.results if built else ()) if result.from_cache
+        saved = (
+            loaded.assembly.seconds
+            if is_warm
+            else sum(
+                result.seconds for result in (built.results if built else ()) if result.from_cache
+            )
         )
         name = self.session.name
         if is_warm:
@@ -601,17 +787,26 @@ class CompiledModel:
                 if isinstance(loaded, LoadedAssembly)
             ],
             "reasons": [reason.as_dict() for reason in self.reasons],
+            "not_revalidated": self.not_revalidated,
             "blocks": [block.status() for block in self.blocks],
         }
 
-    def detach(self) -> None:
-        """Go back to eager and give everything back."""
+    def _go_back(self) -> None:
+        """Forget everything that was compiled."""
         for block in self.blocks:
             block.detach()
-        if self.owner is not None and self.owner._compiled_call_impl is self.dispatcher:
-            self.owner._compiled_call_impl = None
+        self.blocks = []
         self.dispatcher.loaded = ()
         self._traced = None
+        self._gave_up.clear()
+
+    def detach(self) -> None:
+        """Go back to eager and give everything back."""
+        for call_off in self._call_off:
+            call_off()
+        self._go_back()
+        if self.owner is not None and self.owner._compiled_call_impl is self.dispatcher:
+            self.owner._compiled_call_impl = None
         if not self.is_block:
             self.session.close()
             self.session.emit(ModelReleased(self.session.name))
@@ -619,6 +814,17 @@ class CompiledModel:
 
 def _in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, PrecastError) else f"{type(error).__name__}: {error}"
+
+
+def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
+    """Whether a stored assembly asks for the same as another, which may then take its place."""
+    stored: Any = manifest.get("call_check")
+    return (
+        manifest.get("contract") == assembly.contract
+        and isinstance(stored, Mapping)
+        and stored.get("source") == assembly.call_check["source"]
+        and stored.get("constants") == assembly.call_check["constants"]
+    )
 
 
 def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
@@ -642,13 +848,13 @@ def find_blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
     Entries of module lists come one by one; modules of `torch.nn` itself are too small.
     """
-    found = []
+    found: list[tuple[str, torch.nn.Module]] = []
     for name, child in model.named_children():
         if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
             found.extend((f"{name}.{inner}", block) for inner, block in find_blocks(child))
-        elif not type(child).__module__.startswith("torch.nn."):
-            found.append((name, child))
-        elif isinstance(child, torch.nn.Sequential):
+        elif isinstance(child, torch.nn.Sequential) or not type(child).__module__.startswith(
+            "torch.nn."
+        ):
             found.append((name, child))
     return found
 
@@ -658,7 +864,7 @@ def find_blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 @overload
-def compile(  # noqa: A001
+def compile(
     model: ModelT,
     config: CompilationConfig | None = None,
     *,
@@ -666,14 +872,14 @@ def compile(  # noqa: A001
     **settings: Any,
 ) -> ModelT: ...
 @overload
-def compile(  # noqa: A001
+def compile(
     model: None = None,
     config: CompilationConfig | None = None,
     *,
     listeners: Iterable[Callable[[Event], None]] = (),
     **settings: Any,
 ) -> Callable[[ModelT], ModelT]: ...
-def compile(  # noqa: A001
+def compile(
     model: Any = None,
     config: CompilationConfig | None = None,
     *,
@@ -728,25 +934,60 @@ def compile(  # noqa: A001
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)  # A part of what someone else captures.
         return compiled.dispatcher.forward(*args, **kwargs)
 
     call.__precast__ = compiled  # type: ignore[attr-defined]
     return call
 
 
+def torch_backend(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Callable[..., Any]:
+    """Compile a graph that `torch.compile(model, backend="precast")` captured.
+
+    Dynamo keeps its guards and traces at every start; the pieces are looked up in Precast's
+    cache. `precast.compile` saves the tracing too. Options are settings of `CompilationConfig`.
+
+    Raises:
+        ConfigError: An option is not a setting.
+    """
+    from precast.backend import compile_traced
+
+    session = open_session("torch.compile", None, {**settings, **(options or {})}, ())
+    if session.is_disabled:
+        return graph_module.forward
+    return compile_traced(graph_module, session)
+
+
 def attach(model: torch.nn.Module, session: Session, *, is_block: bool = False) -> CompiledModel:
     """Let Precast serve a module's calls."""
-    forward = model.forward
-    function = forward.__func__ if isinstance(forward, types.MethodType) else forward
-    owner_is_first = isinstance(forward, types.MethodType) and forward.__self__ is model
-    if not isinstance(function, types.FunctionType) or not owner_is_first:
-        # Somebody put another callable there (a wrapper for offloading, say): serve that.
-        def function(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.forward(*args, **kwargs)
-
-    compiled = CompiledModel(function, model, session, is_block=is_block)
+    compiled = CompiledModel(None, model, session, is_block=is_block)
     model._compiled_call_impl = compiled.dispatcher
     return compiled
+
+
+def find_forward(model: torch.nn.Module) -> types.FunctionType | None:
+    """Return a module's `forward` unbound; None: it is no method of the module."""
+    forward: Any = model.forward
+    if isinstance(forward, types.MethodType) and forward.__self__ is model:
+        function = forward.__func__
+        return function if isinstance(function, types.FunctionType) else None
+    return None
+
+
+def wrap_forward() -> types.FunctionType:
+    """Return a method for a module whose `forward` somebody replaced, to offload it, say."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    return cast("types.FunctionType", forward)
 
 
 def _compiled_of(model: Any) -> CompiledModel | None:

@@ -28,6 +28,7 @@ _FIELDS = (
     "call_check",
     "contract",
     "entry",
+    "example",
     "execution",
     "groups",
     "mutates",
@@ -44,11 +45,25 @@ class Assembly:
 
     `pieces` are the unique pieces' records, `slots` says which of them each slot runs (None: the
     slot was inlined). `groups` are the positions of each slot's weights in the contract's list,
-    `rest` the weights that the execution code takes by name. `texts` are the digests of the
+    `rest` the weights that the execution code takes by name. `example` is the shape of each
+    tensor of the captured call, `texts` are the digests of the
     pieces' texts, for revalidation. `mutates`: a call writes into its arguments or the model.
     """
 
     __slots__ = _FIELDS
+
+    call_check: Mapping[str, Any]
+    contract: Mapping[str, Any]
+    entry: Mapping[str, Any]
+    example: Sequence[Sequence[int]]
+    execution: Mapping[str, Any]
+    groups: Sequence[Sequence[int]]
+    mutates: bool
+    pieces: Sequence[Mapping[str, Any]]
+    rest: Sequence[int]
+    seconds: float
+    slots: Sequence[tuple[int | None, str]]
+    texts: Sequence[str]
 
     def __init__(self, **fields: Any) -> None:
         for name in _FIELDS:
@@ -124,7 +139,7 @@ class LoadedAssembly:
     @property
     def mutates(self) -> bool:
         """Whether a call writes into its arguments or the model."""
-        return bool(self.assembly.mutates)
+        return self.assembly.mutates
 
     def why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return the condition of the call check that a call does not meet; None: it meets all."""
@@ -198,7 +213,7 @@ def _module(name: str) -> Any:
 
 
 class _DynamoUtils:
-    """The few helpers of `torch._dynamo.utils` that Dynamo's bytecode calls; Dynamo not imported."""
+    """The few helpers of `torch._dynamo.utils` that Dynamo's bytecode calls, without Dynamo."""
 
     @staticmethod
     def object_setattr_ignore_descriptor(target: Any, name: str, value: Any) -> None:
@@ -244,7 +259,7 @@ def open_check(data: Mapping[str, Any], function: types.FunctionType) -> Callabl
     }
     for name, constant in data["constants"].items():
         namespace[name] = constant[1] if constant[0] == "json" else decode(constant)
-    exec(marshal.loads(base64.b64decode(data["marshalled"])), namespace)  # noqa: S102
+    exec(marshal.loads(base64.b64decode(data["marshalled"])), namespace)
     check: types.FunctionType = namespace["check"]
     check.__defaults__ = function.__defaults__
     check.__kwdefaults__ = function.__kwdefaults__
@@ -262,20 +277,36 @@ def open_assembly(
     try:
         check = open_check(assembly.call_check, function)
         code = marshal.loads(base64.b64decode(assembly.entry["marshalled"]))
+        for place, data in assembly.entry["objects"]:
+            code = _with_constant(code, place, decode(data))
         execution = SerializableFunction.from_json(assembly.execution).function
         return LoadedAssembly(assembly, key, slots, check, code, execution)
     except (LookupError, ValueError, EOFError, TypeError) as error:
         raise ArtifactIncompatibleError(
-            "assembly", "code for this Python and these libraries", f"{type(error).__name__}: {error}"
+            "assembly",
+            "code for this Python and these libraries",
+            f"{type(error).__name__}: {error}",
         ) from error
 
 
+def _with_constant(code: types.CodeType, place: Sequence[int], value: Any) -> types.CodeType:
+    """Put back a constant that `marshal` could not hold (`capture.dynamo`)."""
+    constants = list(code.co_consts)
+    first, *inner = place
+    constants[first] = _with_constant(constants[first], inner, value) if inner else value
+    return code.replace(co_consts=tuple(constants))
+
+
 def are_apart(written: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether no tensor shares memory with a written one but itself."""
+    """Whether no tensor shares memory with a written one but itself.
+
+    `others` holds the written ones too. One object at two places shares with itself: code for
+    two arguments does not know that they are one.
+    """
     storages = [tensor.untyped_storage().data_ptr() for tensor in others]
     if len(set(storages)) == len(storages):
         return True
-    ranges = sorted((*_extent(tensor), id(tensor)) for tensor in {id(t): t for t in others}.values())
+    ranges = sorted((*_extent(tensor), id(tensor)) for tensor in others)
     ids = {id(tensor) for tensor in written}
     end, holder = -1, 0
     for start, stop, identity in ranges:

@@ -1,7 +1,7 @@
 """A graph's way from capture to code that runs: clean, cut, write, compile, stitch.
 
-`build_model` is the way. `torch_backend` is the ecosystem's door to it: there, Dynamo
-holds the guards and traces at every start, and only the pieces come from the cache.
+`build_model` is the way. `compile_traced` is it for a graph that Dynamo keeps guarding: there,
+every start traces, and only the pieces come from the cache.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from precast.runtime.slot import Slot, SlotTable
 if TYPE_CHECKING:
     import torch
 
+    from precast.capture.dynamo import Capture
     from precast.config import CompilationConfig
     from precast.graph.canonical import WrittenPiece
-    from precast.graph.piece import SymbolRange
+    from precast.graph.piece import Piece, SymbolRange
     from precast.manager import CompilerManager, PieceResult
     from precast.split.build import PieceCall, StitchGraph
     from precast.stitch import ExecutionCode
@@ -94,6 +95,46 @@ def build_model(
         SplitError: The graph cannot be cut: it holds a higher-order operator, say.
         CompileError: A piece failed and `on_error` is "raise".
     """
+    stitched, written, rule = cut_and_write(
+        graph_module,
+        ranges=ranges,
+        sources=sources,
+        arguments=arguments,
+        weights=weights,
+        config=config,
+        emit=emit,
+        name=name,
+    )
+    unique: dict[str, int] = {}
+    pieces: list[Piece] = []
+    names: list[str] = []
+    for call in stitched.pieces:
+        piece = written[call.index].piece
+        if piece.text not in unique:
+            unique[piece.text] = len(pieces)
+            pieces.append(piece)
+            names.append(call.region or call.name)
+    emit(PlanMade(name, len(stitched.pieces), len(pieces), rule))
+    results = manager.compile(pieces, names)
+    return _stitch(stitched, written, unique, results, arguments, rule)
+
+
+def cut_and_write(
+    graph_module: torch.fx.GraphModule,
+    *,
+    ranges: Mapping[str, SymbolRange],
+    sources: Mapping[str, str],
+    arguments: Sequence[str],
+    weights: Sequence[str],
+    config: CompilationConfig,
+    emit: Emit,
+    name: str,
+) -> tuple[StitchGraph, dict[int, WrittenPiece], str]:
+    """Clean and cut a graph and write its pieces; return the rule's name too.
+
+    Raises:
+        SplitError: The graph cannot be cut.
+    """
     from precast.split.clean import clean_graph
     from precast.split.plan import make_plan
 
@@ -107,7 +148,7 @@ def build_model(
         stitched = _build(graph_module, plan, weights)
         written, problems = _write_all(stitched, ranges, autocasts)
         if not problems:
-            break
+            return stitched, written, plan.rule
         # What has no text runs as it is, between the pieces. Ends: each round refuses more.
         for call, problem in problems:
             emit(
@@ -122,18 +163,29 @@ def build_model(
                 )
             )
             refused.update(dict.fromkeys(plan.partitions[call.index].nodes, "op-unsupported"))
-    unique: dict[str, int] = {}
-    pieces = []
-    names = []
-    for call in stitched.pieces:
-        piece = written[call.index].piece
-        if piece.text not in unique:
-            unique[piece.text] = len(pieces)
-            pieces.append(piece)
-            names.append(call.region or call.name)
-    emit(PlanMade(name, len(stitched.pieces), len(pieces), plan.rule))
-    results = manager.compile(pieces, names)
-    return _stitch(stitched, written, unique, results, arguments, plan.rule)
+
+
+def digests_of_texts(capture: Capture, config: CompilationConfig) -> list[str]:
+    """Return the digests of the texts of a capture's pieces, as an assembly keeps them.
+
+    Raises:
+        SplitError: The graph cannot be cut.
+    """
+    _, written, _ = cut_and_write(
+        capture.graph_module,
+        ranges=capture.ranges,
+        sources=capture.sources,
+        arguments=capture.entry.arguments,
+        weights=capture.weights,
+        config=config,
+        emit=lambda _: None,
+        name="",
+    )
+    return sorted({_digest(found.piece.text) for found in written.values()})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _WithNative:
@@ -160,12 +212,12 @@ def _choose_rule(graph_module: torch.fx.GraphModule, config: CompilationConfig) 
         return Whole()
     if config.split is None:
         return auto_splitter(graph_module)
-    return load_plugin("splitters", config.split)() if isinstance(config.split, str) else config.split
+    return (
+        load_plugin("splitters", config.split)() if isinstance(config.split, str) else config.split
+    )
 
 
-def _build(
-    graph_module: torch.fx.GraphModule, plan: Any, weights: Sequence[str]
-) -> StitchGraph:
+def _build(graph_module: torch.fx.GraphModule, plan: Any, weights: Sequence[str]) -> StitchGraph:
     from precast.split.build import build_stitch
 
     return build_stitch(graph_module, plan, weights)
@@ -254,14 +306,14 @@ def _stitch(
     slot_pieces: list[int | None] = []
     by_index = {call.index: call for call in stitched.pieces}
     for index in range(len(execution.piece_names)):
-        call = by_index.get(index)
-        if call is None or execution.piece_names[index] is None:
+        found = by_index.get(index)
+        if found is None or execution.piece_names[index] is None:
             slots.add(None, None)
             slot_pieces.append(None)
             continue
         number = unique[written[index].piece.text]
         result = results[number]
-        slots.add(result.call, slot_of(call.region or call.name, result))
+        slots.add(result.call, slot_of(found.region or found.name, result))
         slot_pieces.append(number)
     groups = stitched.weight_groups
     return BuiltModel(
@@ -273,14 +325,12 @@ def _stitch(
         slot_pieces=slot_pieces,
         slots=slots,
         split=split,
-        texts=sorted(hashlib.sha256(text.encode()).hexdigest() for text in unique),
+        texts=sorted(map(_digest, unique)),
         narrowed=narrowed,
     )
 
 
-def _narrow(
-    ranges: dict[str, SymbolRange], symbol: str, bounds: Sequence[int | None]
-) -> None:
+def _narrow(ranges: dict[str, SymbolRange], symbol: str, bounds: Sequence[int | None]) -> None:
     from precast.graph.piece import SymbolRange
 
     low, high = bounds
@@ -349,25 +399,6 @@ def _storage(node: Any) -> Any:
     return value.untyped_storage()._cdata
 
 
-def torch_backend(
-    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any
-) -> Callable[..., Any]:
-    """Compile a graph that `torch.compile(model, backend="precast")` captured.
-
-    Dynamo keeps its guards and traces at every start; the pieces are looked up in Precast's
-    cache. `precast.compile` saves the tracing too. Options are settings of `CompilationConfig`.
-
-    Raises:
-        ConfigError: An option is not a setting.
-    """
-    from precast.api import open_session
-
-    session = open_session("torch.compile", None, options, ())
-    if session.is_disabled:
-        return graph_module.forward  # type: ignore[no-any-return]
-    return compile_traced(graph_module, session)
-
-
 def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable[..., Any]:
     """Return a callable for a graph that Dynamo guards, its pieces compiled or found."""
     from precast.capture.guards import symbol_ranges
@@ -434,7 +465,7 @@ def _limits(
         is_tensor = hasattr(value, "shape")
         for dim, size in enumerate(value.shape if is_tensor else (value,)):
             symbol = symbol_of(size) if hasattr(size, "node") else None
-            if symbol in narrowed and symbol not in found:
+            if symbol is not None and symbol in narrowed and symbol not in found:
                 found.add(symbol)
                 limits.append((position, dim if is_tensor else None, narrowed[symbol]))
     return limits

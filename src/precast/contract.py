@@ -29,7 +29,7 @@ _FIXED_ROOTS = ("torch", "builtins", "functools", "operator", "math", "collectio
 _STANDARD_LIBRARY = sys.stdlib_module_names
 
 
-class Unrecordable(Exception):
+class Unrecordable(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
     """A value or a guard that cannot be written as data; says which."""
 
 
@@ -118,8 +118,14 @@ def _feed_code(digest: Any, code: types.CodeType) -> None:
             digest.update(f"{type(constant).__name__}:{constant!r}".encode())
 
 
-def find_code(path: str, function: types.FunctionType | None = None) -> types.CodeType | None:
+def find_code(
+    path: str,
+    function: types.FunctionType | None = None,
+    places: list[tuple[Any, Any, Any]] | None = None,
+) -> types.CodeType | None:
     """Follow a path such as `package.module:Class.forward/func` to the code it names now.
+
+    `places` gets (holder, key, value) of every name on the way, for `Binding`.
 
     `@` is the captured function itself. After the name, each `/step` unwraps: `fget`,
     `__wrapped__`, `__func__`, `func` (of a partial), `cell:NAME` (a closure's cell).
@@ -130,11 +136,12 @@ def find_code(path: str, function: types.FunctionType | None = None) -> types.Co
     for name in qualname.split(".") if qualname else ():
         if found is None:
             return None
-        if isinstance(found, type):
-            # The descriptor itself, as `getattr` would already have unwrapped it.
-            found = found.__dict__.get(name)
-        else:
-            found = getattr(found, name, None)
+        # A class's descriptor itself: `getattr` would have unwrapped it already.
+        holder = getattr(found, "__dict__", {})
+        is_class = isinstance(found, type)
+        found = holder.get(name) if is_class else getattr(found, name, None)
+        if places is not None and name in holder:
+            places.append((holder, name, holder[name]))
     for step in steps.split("/") if steps else ():
         found = unwrap(found, step)
     code = getattr(found, "__code__", None)
@@ -165,7 +172,9 @@ def ambient_state() -> dict[str, Any]:
 
     state: dict[str, Any] = {
         "default_dtype": str(torch.get_default_dtype()),
-        "default_device": str(getattr(sys.modules.get("torch.utils._device"), "CURRENT_DEVICE", None)),
+        "default_device": str(
+            getattr(sys.modules.get("torch.utils._device"), "CURRENT_DEVICE", None)
+        ),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "function_modes": torch._C._len_torch_function_stack(),
@@ -218,14 +227,25 @@ class Contract:
     """Everything that must hold for an assembly to be right, as plain data.
 
     `nodes` is a table of places: `[parent, step, key]`, where step is "a" (attribute),
-    "i" (item), "k" (nth key), "v" (nth value), "t" (type of) or "n" (length), and parent -1, -2 and -3 are the roots `L` (the
-    function's bound locals: the model, closure cells), `G` (globals) and `T` (a class).
+    "i" (item), "k" (nth key), "v" (nth value), "t" (type of) or "n" (length), and parent -1, -2
+    and -3 are the roots `L` (the function's bound locals: the model, closure cells), `G`
+    (globals) and `T` (a class).
     `checks` is a list of `[node, kind, payload]`. `weights` are the nodes of the tensors
     that the execution code gets bound, `specs` theirs. `hooks` names the sub-modules that
     had forward hooks when the model was captured.
     """
 
-    __slots__ = ("checks", "code", "files", "hooks", "imports", "nodes", "specs", "state", "weights")
+    __slots__ = (
+        "checks",
+        "code",
+        "files",
+        "hooks",
+        "imports",
+        "nodes",
+        "specs",
+        "state",
+        "weights",
+    )
 
     def __init__(
         self,
@@ -252,7 +272,10 @@ class Contract:
 
     def to_json(self) -> dict[str, Any]:
         """Return the contract as JSON data."""
-        return {"version": CONTRACT_VERSION, **{name: getattr(self, name) for name in self.__slots__}}
+        return {
+            "version": CONTRACT_VERSION,
+            **{name: getattr(self, name) for name in self.__slots__},
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Contract:
@@ -283,7 +306,7 @@ class Contract:
         return f"len({base})"
 
 
-class Mismatch(Exception):
+class Mismatch(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
     """Something that the contract asks for does not hold; the text says what."""
 
 
@@ -398,17 +421,21 @@ def _bind(
             if state.get(name) != value
         ]
         raise Mismatch("; ".join(changed) or "the process's state has other fields")
+    places: list[tuple[Any, Any, Any]] = []
     for path, digest in contract.code:
-        code = find_code(path, function)
+        code = find_code(path, function, places)
         if code is None or digest_code(code) != digest:
             raise Mismatch(f"the code of {path} {'is gone' if code is None else 'was edited'}")
     for name, digest in contract.files:
         if file_digest(name) != digest:
             raise Mismatch(f"the source file of {name} has changed")
 
-    places: list[tuple[Any, Any, Any]] = []
     values = _evaluate(contract, function, owner, places)
     sized: list[Any] = []
+    if isinstance(owner, torch.nn.Module):
+        # Another `forward`, of the class or of the object alone, is another model.
+        _attribute(owner, "forward", places)
+        sized.append(owner.__dict__)
     for index, kind, payload in contract.checks:
         if not _holds(kind, payload, values[index], values, sized):
             raise Mismatch(_describe(contract, index, kind, payload, values[index]))
@@ -451,10 +478,44 @@ def _hook_dicts(owner: Any, allowed: list[str]) -> list[Any]:
 
 
 def state_guard() -> Callable[[], bool]:
-    """Return a fast check that the process's state is what it is now."""
+    """Return a fast check that the process's state is what it is now.
+
+    Whether gradients are recorded does not count: who serves a call decides that.
+    """
+    import torch
     from torch._C._dynamo import guards  # In the C library: Dynamo is not imported.
 
-    return guards.GlobalStateGuard().check  # type: ignore[no-any-return]
+    is_grad_enabled = torch.is_grad_enabled
+    before = is_grad_enabled()
+    checks = []
+    try:
+        for is_enabled in (False, True):
+            torch._C._set_grad_enabled(is_enabled)
+            checks.append(guards.GlobalStateGuard().check)
+    finally:
+        torch._C._set_grad_enabled(before)
+    # What that guard leaves out, and `ambient_state` has.
+    num_functions = torch._C._len_torch_function_stack
+    num_dispatches = torch._C._len_torch_dispatch_stack
+    flash, memory_efficient, plain, mkldnn = (
+        torch._C._get_flash_sdp_enabled,
+        torch._C._get_mem_efficient_sdp_enabled,
+        torch._C._get_math_sdp_enabled,
+        torch._C._get_mkldnn_enabled,
+    )
+    known = (num_functions(), num_dispatches(), flash(), memory_efficient(), plain(), mkldnn())
+
+    def check() -> bool:
+        return checks[is_grad_enabled()]() and known == (
+            num_functions(),
+            num_dispatches(),
+            flash(),
+            memory_efficient(),
+            plain(),
+            mkldnn(),
+        )
+
+    return check
 
 
 def _evaluate(
@@ -487,10 +548,10 @@ def _evaluate(
                 if step == "a":
                     value = _attribute(base, key, places)
                 elif step == "i":
-                    key = tuple(key) if type(key) is list else key
-                    value = base[key]
+                    item = tuple(key) if type(key) is list else key
+                    value = base[item]
                     if type(base) is dict or type(base) is list:
-                        places.append((base, key, value))
+                        places.append((base, item, value))
                 elif step == "t":
                     value = type(base)
                 elif step == "k":
@@ -599,11 +660,11 @@ def file_digest(module_name: str) -> str:
     if not path:
         return ""
     try:
-        status = os.stat(path)
+        status = os.stat(path)  # noqa: PTH116 - pathlib costs a warm start its import.
         # The cache of a pure function: equal stat, equal bytes.
         known = (path, status.st_mtime_ns, status.st_size)
         if known not in _file_digests:
-            with open(path, "rb") as file:
+            with open(path, "rb") as file:  # noqa: PTH123 - as above.
                 _file_digests[known] = hashlib.sha256(file.read()).hexdigest()
         return _file_digests[known]
     except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precast.errors import CompileError, ConfigError, PrecastError, Reason
@@ -25,8 +26,11 @@ from precast.graph.key import HashComputer, Key
 from precast.plugins import load_plugin
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from precast.cache import CacheLoader, CacheStorage
     from precast.compilers.interface import CompiledCallable, CompilerInterface
+    from precast.compilers.job import JobResult, JobRunner
     from precast.config import CompilationConfig
     from precast.graph.piece import Piece
 
@@ -74,8 +78,20 @@ class CompilerManager:
         loader: CacheLoader,
         storage: CacheStorage,
         emit: Emit,
+        make_service: Callable[[], JobRunner],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """Start nothing yet.
+
+        Args:
+            config: Of the model.
+            loader: Reads artifacts.
+            storage: Writes them.
+            emit: Is told what happens.
+            make_service: Makes what runs compile jobs; called when there is something to compile.
+            clock: Seconds that only go forward.
+        """
+        self._make_service = make_service
         self._config = config
         self._loader = loader
         self._storage = storage
@@ -83,7 +99,7 @@ class CompilerManager:
         self._clock = clock
         self._compilers: dict[str, CompilerInterface] = {}
         self._hashers: dict[str, HashComputer] = {}
-        self._service: Any = None
+        self._service: JobRunner | None = None
 
     # -- parts ----------------------------------------------------------------
 
@@ -127,17 +143,9 @@ class CompilerManager:
         if service is not None:
             service.close()
 
-    def _ensure_service(self) -> Any:
+    def _ensure_service(self) -> JobRunner:
         if self._service is None:
-            from precast.background.service import CompileService
-
-            self._service = CompileService(
-                num_workers=self._config.num_compile_workers(),
-                timeout_s=self._config.max_compile_time,
-                memory_bytes=self._config.max_compile_memory,
-                emit=self._emit,
-                clock=self._clock,
-            )
+            self._service = self._make_service()
         return self._service
 
     # -- the work -------------------------------------------------------------
@@ -247,15 +255,15 @@ class CompilerManager:
         with tempfile.TemporaryDirectory(prefix="precast-") as scratch:
             futures = {}
             for i in missing:
-                directory = os.path.join(scratch, str(i))
-                os.mkdir(directory)
+                directory = Path(scratch) / str(i)
+                directory.mkdir()
                 self._emit(CompileStarted(names[i], "", "/".join(self.compiler_names())))
-                futures[i] = self._submit(pieces[i], names[i], directory)
+                futures[i] = self._submit(pieces[i], names[i], str(directory))
             for i, future in futures.items():
                 results[i] = self._finish(pieces[i], names[i], future)
 
-    def _submit(self, piece: Piece, name: str, directory: str) -> Any:
-        from precast.background.service import CompileJob
+    def _submit(self, piece: Piece, name: str, directory: str) -> Future[JobResult]:
+        from precast.compilers.job import CompileJob
 
         setting = self._config.compiler
         compilers = self.compiler_names()
@@ -272,7 +280,7 @@ class CompilerManager:
             )
         )
 
-    def _finish(self, piece: Piece, name: str, future: Any) -> PieceResult:
+    def _finish(self, piece: Piece, name: str, future: Future[JobResult]) -> PieceResult:
         """Take one worker's answer: save and load what it made, or say why it made nothing."""
         try:
             done = future.result()
@@ -304,11 +312,9 @@ class CompilerManager:
             },
             files,
         )
-        num_bytes = sum(os.path.getsize(path) for path in done.files.values())
+        num_bytes = sum(Path(path).stat().st_size for path in done.files.values())
         self._emit(
-            PieceCompiled(
-                name, key.digest, done.compiler, done.seconds, num_bytes, done.worker_pid
-            )
+            PieceCompiled(name, key.digest, done.compiler, done.seconds, num_bytes, done.worker_pid)
         )
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
@@ -338,7 +344,7 @@ class CompilerManager:
 
         folder = tempfile.mkdtemp(prefix="precast-kept-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return {name: shutil.copy(path, os.path.join(folder, name)) for name, path in files.items()}
+        return {name: shutil.copy(path, str(Path(folder) / name)) for name, path in files.items()}
 
     def _compile_here(self, piece: Piece, name: str, compiler_name: str) -> PieceResult:
         """Compile in this process, with a compiler whose result cannot be kept."""
@@ -372,7 +378,10 @@ class CompilerManager:
             call=eager_call(piece),
             key="",
             compiler="eager",
-            record={"eager": piece.to_json(), "reason": None if reason is None else reason.as_dict()},
+            record={
+                "eager": piece.to_json(),
+                "reason": None if reason is None else reason.as_dict(),
+            },
             reason=reason,
         )
 

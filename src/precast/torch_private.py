@@ -105,20 +105,26 @@ def capture_full_graph(
     from torch._dynamo.output_graph import OutputGraph
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
 
+    # torch's annotations know nothing of what is patched here.
+    frames: Any = convert_frame
+    config: Any = dynamo_config
+    symbols: Any = symbolic_config
+    codegen_class: Any = PyCodegen
+    output_class: Any = OutputGraph
     kept: list[int] = []
-    original_call = PyCodegen.make_call_generated_code
-    original_property = OutputGraph.graphargs
+    original_call = codegen_class.make_call_generated_code
+    original_property = output_class.graphargs
 
     def make_call(codegen: Any, fn_name: str) -> Any:
         everything = original_property.fget(codegen.tx.output)
         if any(argument.pass_arg_as_tensor for argument in everything):
             raise NotImplementedError("a Python float enters the graph as a tensor")
         kept.extend(select_arguments([source_name(found.source) for found in everything]))
-        OutputGraph.graphargs = property(lambda _: [everything[i] for i in kept])
+        output_class.graphargs = property(lambda _: [everything[i] for i in kept])
         try:
             return original_call(codegen, fn_name)
         finally:
-            OutputGraph.graphargs = original_property
+            output_class.graphargs = original_property
 
     entries: list[Any] = []
 
@@ -128,28 +134,26 @@ def capture_full_graph(
 
     # The lock keeps other threads' compilations out of the two patched methods.
     with (
-        convert_frame.compile_lock,
+        frames.compile_lock,
         get_metrics_context(),
         dynamo_timed("precast_capture"),
-        dynamo_config.patch(
+        config.patch(
             record_runtime_overhead=False,
             automatic_dynamic_shapes=False,
             assume_static_by_default=True,
             suppress_errors=False,
         ),
-        symbolic_config.patch(backed_size_oblivious=True),
+        symbols.patch(backed_size_oblivious=True),
     ):
         # A copy: Dynamo installs helper names, and a user's module is no place for them.
-        frame = convert_frame._get_frame(function, args, kwargs)
+        frame = frames._get_frame(function, args, kwargs)
         frame = dataclasses.replace(frame, globals=dict(frame.globals))
-        PyCodegen.make_call_generated_code = make_call
+        codegen_class.make_call_generated_code = make_call
         try:
-            with convert_frame.compile_context(
-                convert_frame.CompileContext(convert_frame.get_compile_id({}))
-            ):
-                output = convert_frame._fullgraph_capture_frame(frame)
+            with frames.compile_context(frames.CompileContext(frames.get_compile_id({}))):
+                output = frames._fullgraph_capture_frame(frame)
         finally:
-            PyCodegen.make_call_generated_code = original_call
+            codegen_class.make_call_generated_code = original_call
         if output.backend_input is None:
             return None
         captured = output.graph_capture_output
@@ -267,11 +271,26 @@ def narrowed_ranges(
     )
 
 
+def _as_inequality(expression: Any) -> Any:
+    """Write `x == Min(a, x)`, as slices of tables of positions ask, as the `x <= a` that it says."""
+    # torch 2.11-2.13. torch's own Min and Max, which sympy's solvers do not know.
+    import sympy
+    from torch.utils._sympy.functions import Max, Min
+
+    if isinstance(expression, sympy.Eq):
+        for one, other in (expression.args, expression.args[::-1]):
+            rest = [argument for argument in other.args if argument != one]
+            if len(rest) == 1 and len(other.args) == 2 and isinstance(other, Min | Max):
+                return sympy.Le(one, rest[0]) if isinstance(other, Min) else sympy.Ge(one, rest[0])
+    return expression
+
+
 def _narrow(expression: Any, free: Sequence[Any], names: Mapping[Any, str], left: Any) -> None:
     """Cut `left` to where an inequality holds, if it bounds its symbols from above or below."""
     import sympy
 
     problem = SizesSpecializedError(f"it holds only where {expression}")
+    expression = _as_inequality(expression)
     difference = expression.lhs - expression.rhs if hasattr(expression, "lhs") else None
     if difference is None or not difference.is_polynomial(*free) or not free:
         raise problem
@@ -388,6 +407,10 @@ def inductor_options(**more: Any) -> dict[str, Any]:
         "freezing": False,  # Weights are inputs.
         "fallback_random": True,  # Random numbers as eager draws them.
         "triton.cudagraphs": False,
+        # Padding is decided by sizes, and each decision would become a condition on them.
+        "shape_padding": False,
+        # As many threads as the serving process has, not as many as the worker had.
+        "cpp.dynamic_threads": True,
         **more,
     }
     return {name: value for name, value in wanted.items() if name in config._config}

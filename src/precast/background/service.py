@@ -23,52 +23,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
+from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import CompileCrashedError, CompileError, CompileTimeoutError
 from precast.events import CompileStarted, Emit
-from precast.values import Value
 
 _TERMINATE_S = 1.0  # Between asking a worker to end and making it.
 _START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
 _STDERR_BYTES = 4000
-
-
-class CompileJob(Value, kw_only=True):
-    """One piece to compile: `piece` as `Piece.to_json` gives it, `compilers` in order of trial.
-
-    `directory` is made by the worker and belongs to the caller; `name` and `key` are for events.
-    """
-
-    piece: Mapping[str, Any]
-    compilers: tuple[str, ...]
-    directory: str
-    verify: bool = True
-    imports: tuple[str, ...] = ()
-    name: str = "?"
-    key: str = ""
-
-
-class CompileFailure(Value):
-    """Why one compiler did not do it; `code` is one of `errors.REASON_CODES`."""
-
-    compiler: str
-    code: str
-    message: str
-
-
-class JobResult(Value, kw_only=True):
-    """What came of a job. `compiler` None: all have failed, and `failures` says why.
-
-    `verify` is None or has `max_abs_error`, `max_rel_error` and the `sizes` that were tried.
-    """
-
-    compiler: str | None
-    files: Mapping[str, str]
-    details: Mapping[str, Any]
-    seconds: float
-    verify: Mapping[str, Any] | None
-    failures: tuple[CompileFailure, ...]
-    worker_pid: int
-    peak_bytes: int | None = None
 
 
 class CompileService:

@@ -1,1 +1,1 @@
-"""Model to graph: Dynamo's capture as data (`dynamo`, `guards`), and which model this is (`fingerprint`)."""
+"""Model to graph: Dynamo's capture as data (`dynamo`, `guards`), and a model's `fingerprint`."""

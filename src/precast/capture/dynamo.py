@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import dis
+import logging
 import marshal
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from precast.capture.fingerprint import tensors_in
 from precast.capture.guards import (
     GuardRecorder,
     Path,
@@ -31,6 +33,7 @@ from precast.contract import (
     Contract,
     Unrecordable,
     ambient_state,
+    decode,
     digest_code,
     encode,
     file_digest,
@@ -53,11 +56,12 @@ _MOST_DYNAMIC_DIMS = 3
 class EntryCode:
     """The code around a graph, as data: fetches arguments, calls the graph, rebuilds outputs.
 
-    `marshalled` is bytecode for one Python version; `recipes` says how each global that it
-    reads is found; `arguments` are the names of the placeholders that it passes, in order.
+    `marshalled` is bytecode for one Python version; `objects` are its constants that bytes cannot
+    hold, such as dtypes, each with its place; `recipes` says how each global that it reads is
+    found; `arguments` are the names of the placeholders that it passes, in order.
     """
 
-    __slots__ = ("arguments", "backend_name", "free_names", "marshalled", "recipes")
+    __slots__ = ("arguments", "backend_name", "free_names", "marshalled", "objects", "recipes")
 
     def __init__(
         self,
@@ -67,8 +71,10 @@ class EntryCode:
         free_names: list[str],
         recipes: dict[str, Any],
         arguments: list[str],
+        objects: Sequence[Any] = (),
     ) -> None:
         self.marshalled = marshalled
+        self.objects = list(objects)
         self.backend_name = backend_name
         self.free_names = free_names
         self.recipes = recipes
@@ -145,6 +151,12 @@ class Capture:
             for name in self.entry.arguments
             if size_of(self.sources[name]) is None
         ]
+        if len(arguments) > 1:
+            # As Dynamo does: one object at two places changes what `x is y` says.
+            ids = ", ".join(f"id({argument})" for argument in arguments)
+            writer.require(
+                f"len({{{ids}}}) == {len(arguments)}", "no two tensor arguments are one object"
+            )
         written = [
             writer.place(parse_place(self.sources[name]))
             for name in self.entry.arguments
@@ -219,9 +231,13 @@ def capture_call(
 
     def trace(wish: Any) -> Any:
         marked = mark_dynamic(function, owner, args, kwargs, wish)
+        # It would print pages for a call that eager refuses too; the error says it all.
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        was_disabled, logger.disabled = logger.disabled, True
         try:
             return capture_full_graph(bound, args, kwargs, select_arguments)
         finally:
+            logger.disabled = was_disabled
             for tensor in marked:
                 unmark_dynamic(tensor)
 
@@ -252,7 +268,8 @@ def capture_call(
     )
     try:
         entry.recipes = dict(_recipes(raw, function))
-        entry.marshalled = base64.b64encode(_marshal(raw.bytecode)).decode()
+        plain, entry.objects = _without_objects(raw.bytecode)
+        entry.marshalled = base64.b64encode(marshal.dumps(plain)).decode()
         code, files = code_digests(raw.traced_code, function, owner)
         contract = Contract(
             nodes=recorder.table.nodes,
@@ -379,11 +396,32 @@ def _hooked(owner: Any) -> list[str]:
 # The code around the graph
 
 
-def _marshal(code: types.CodeType) -> bytes:
-    try:
-        return marshal.dumps(code)
-    except ValueError as error:
-        raise Unrecordable("the code around the graph holds an object") from error
+def _without_objects(code: types.CodeType) -> tuple[types.CodeType, list[Any]]:
+    """Take the constants that `marshal` cannot hold out of bytecode; return them with their places.
+
+    A place is the constant's number, after those of the code objects around it.
+
+    Raises:
+        Unrecordable: One of them cannot be written as data either.
+    """
+    constants = list(code.co_consts)
+    objects: list[Any] = []
+    for number, constant in enumerate(constants):
+        if isinstance(constant, types.CodeType):
+            constants[number], inner = _without_objects(constant)
+            objects.extend([[number, *place], data] for place, data in inner)
+            continue
+        try:
+            marshal.dumps(constant)
+        except ValueError:
+            try:
+                data = encode(constant)
+                decode(data)
+            except LookupError as error:
+                raise Unrecordable(f"the code around the graph holds {constant!r}") from error
+            objects.append([[number], data])
+            constants[number] = None
+    return code.replace(co_consts=tuple(constants)), objects
 
 
 def _names_read(code: types.CodeType) -> Iterator[str]:
@@ -565,7 +603,7 @@ def mark_dynamic(
     """
     marked: list[Any] = []
     if dynamic_shapes is None:
-        for tensor in _tensors_in((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             dims = range(tensor.dim() if tensor.dim() <= _MOST_DYNAMIC_DIMS else 1)
             for dim in dims:
                 # 0 and 1 are special to models (`is_causal = length > 1`): code of their own.
@@ -625,17 +663,6 @@ def unmark_dynamic(tensor: Any) -> None:
     """Take Dynamo's marks off a user's tensor again."""
     for name in [name for name in vars(tensor) if name.startswith(("_dynamo_", "_has_dynamo"))]:
         delattr(tensor, name)
-
-
-def _tensors_in(value: Any) -> Iterator[Any]:
-    if hasattr(value, "dim") and hasattr(value, "dtype"):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from _tensors_in(item)
 
 
 # ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -79,3 +80,50 @@ def _feed_value(value: Any, parts: list[str]) -> None:
 def _type_name(value: Any) -> str:
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def example_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
+    """Return the shapes of the tensors that a call passes in plain containers, in order."""
+    return [list(tensor.shape) for tensor in tensors_in((args, kwargs))]
+
+
+def like_example(
+    args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Sequence[Sequence[int]]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return a call's arguments with new tensors of the given shapes, of no particular values.
+
+    Nothing of the call is kept alive by them, and on a CPU their memory is never touched. None where that cannot be: another number of tensors, or strides that are not the plain ones.
+    """
+    remaining = list(shapes)
+
+    def replace(value: Any) -> Any:
+        if hasattr(value, "dim") and hasattr(value, "dtype"):
+            shape = tuple(remaining.pop(0))
+            if shape == tuple(value.shape):
+                return value.new_empty(()).new_empty_strided(shape, value.stride())
+            if not value.is_contiguous():
+                raise ValueError
+            return value.new_empty(shape)
+        if isinstance(value, dict):
+            return {key: replace(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(replace(item) for item in value)
+        return value
+
+    try:
+        found: tuple[tuple[Any, ...], dict[str, Any]] = replace((args, kwargs))
+    except (ValueError, IndexError):
+        return None
+    return None if remaining else found
+
+
+def tensors_in(value: Any) -> Iterator[Any]:
+    """Iterate over the tensors in plain containers, in order."""
+    if hasattr(value, "dim") and hasattr(value, "dtype"):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif type(value) in (tuple, list):
+        for item in value:
+            yield from tensors_in(item)

@@ -118,7 +118,11 @@ def _steps(tree: ast.expr, expression: str) -> Path:
         case ast.Subscript(
             value=ast.Call(
                 func=ast.Name(id="list"),
-                args=[ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[base])],
+                args=[
+                    ast.Call(
+                        func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[base]
+                    )
+                ],
             ),
             slice=ast.Constant(value=int(number)),
         ):
@@ -164,6 +168,7 @@ def root_of(expression: str) -> tuple[str, str] | None:
         and isinstance(node.value, ast.Name)
         and node.value.id in ("L", "G")
         and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
     }
     return roots.pop() if len(roots) == 1 else None
 
@@ -196,7 +201,7 @@ class PlaceTable:
 
 
 class CallCheckWriter:
-    """Writes the function that checks one call's arguments: 0 if all holds, else a condition's number.
+    """Writes the function that checks one call: 0 if all holds, else a condition's number.
 
     The function has the captured function's own parameters, so that Python binds the
     arguments. Constants go in by name; `conditions` says what each number means.
@@ -267,7 +272,7 @@ class CallCheckWriter:
 
 
 def signature_of(code: types.CodeType) -> str:
-    """Return a parameter list that binds arguments as a code object's does; defaults are set later."""
+    """Return a parameter list that binds arguments as a code object does, defaults left out."""
     names = code.co_varnames
     positional = list(names[: code.co_argcount])
     keyword_only = names[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
@@ -346,8 +351,8 @@ class GuardRecorder:
         path = parse_place(name)
         options = _options(guard.orig_guard.create_fn)
         if guard.guard_type == "HASATTR" and "attr" not in options:
-            # torch 2.11 guards on the attribute's own place.
-            options = {"attr": path[-1][1]}
+            # torch 2.11 guards on the attribute's own place, so its value is the attribute's.
+            options = {"attr": path[-1][1], "is_there": guard.has_value}
             path = path[:-1]
         if self.scope.is_bound(*root):
             self._record_bound(guard, path, options)
@@ -416,9 +421,7 @@ class GuardRecorder:
 
     # -- of the call ----------------------------------------------------------
 
-    def _record_call(
-        self, guard: Any, path: Path, options: Mapping[str, Any], sizes: Any
-    ) -> None:
+    def _record_call(self, guard: Any, path: Path, options: Mapping[str, Any], sizes: Any) -> None:
         kind, value = guard.guard_type, guard.value
         is_variadic = len(path) == 1 and path[0][1] in self.scope.variadic_names
         if kind == "TYPE_MATCH" and is_variadic:
@@ -444,15 +447,11 @@ class GuardRecorder:
             other = parse_place(source_name(options["source_b"]))
             if self.scope.is_bound(*other[0]):
                 raise Unrecordable(f"{meaning} is also a part of the model")
-            writer.require(
-                f"{name} is {writer.place(other)}", f"{meaning} is {readable(other)}"
-            )
+            writer.require(f"{name} is {writer.place(other)}", f"{meaning} is {readable(other)}")
         else:
             self._require_check(name, meaning, *_as_check(kind, value, options), value)
 
-    def _require_check(
-        self, name: str, meaning: str, check: str, payload: Any, value: Any
-    ) -> None:
+    def _require_check(self, name: str, meaning: str, check: str, payload: Any, value: Any) -> None:
         writer = self.writer
         if check == "value":
             form, text = _value_text(value, writer)
@@ -478,9 +477,7 @@ class GuardRecorder:
                 )
         elif check == "has_key":
             word = "in" if payload[1] else "not in"
-            writer.require(
-                f"{payload[0]!r} {word} {name}", f"{payload[0]!r} is {word} {meaning}"
-            )
+            writer.require(f"{payload[0]!r} {word} {name}", f"{payload[0]!r} is {word} {meaning}")
         else:  # has_attr
             word = "" if payload[1] else "not "
             writer.require(
@@ -556,7 +553,8 @@ def _as_check(kind: str, value: Any, options: Mapping[str, Any]) -> tuple[str, A
         case "DICT_NOT_CONTAINS" | "SET_NOT_CONTAINS":
             return "has_key", [_plain_key(options["key"]), False]
         case "HASATTR":
-            return "has_attr", [options["attr"], hasattr(value, options["attr"])]
+            is_there = options.get("is_there", hasattr(value, options["attr"]))
+            return "has_attr", [options["attr"], is_there]
         case "NOT_NONE_MATCH":
             raise Unrecordable("a guard on something not being None")
     raise Unrecordable(f"a {kind} guard")
@@ -585,7 +583,11 @@ def readable(path: Path) -> str:
 
 def _plain(condition: str) -> str:
     """A relation as a person writes it: without `L[...]`."""
-    return condition.replace("L['", "").replace("']", "", 1) if condition.count("L['") == 1 else condition
+    return (
+        condition.replace("L['", "").replace("']", "", 1)
+        if condition.count("L['") == 1
+        else condition
+    )
 
 
 def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any) -> None:

@@ -1,1 +1,1 @@
-"""A piece of a graph: its value (`piece`), its text (`canonical`) and its name in the cache (`key`)."""
+"""A piece of a graph: its value (`piece`), its text (`canonical`) and its name (`key`)."""

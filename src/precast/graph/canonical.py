@@ -20,7 +20,7 @@ from precast.graph.targets import target_name
 TEXT_VERSION = 1
 
 
-class CannotWrite(Exception):
+class CannotWrite(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
     """The piece has no canonical text; says what stands in the way."""
 
 

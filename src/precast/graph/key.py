@@ -58,7 +58,11 @@ class HashComputer:
         )
 
     def assembly_key(
-        self, model: str, call: str, config: Mapping[str, Any], passes: Mapping[str, str] | None = None
+        self,
+        model: str,
+        call: str,
+        config: Mapping[str, Any],
+        passes: Mapping[str, str] | None = None,
     ) -> Key:
         """Return the key under which assemblies of a model and a call signature are kept."""
         return Key(
@@ -92,6 +96,8 @@ def toolchain_parts(device: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "cpu": cpu_identity(),
+        # Inductor writes loops for one thread or for as many as there will be.
+        "threads": "one" if torch.get_num_threads() == 1 else "many",
     }
     if device != "cpu":
         parts["device"] = device
@@ -103,7 +109,7 @@ def toolchain_parts(device: str) -> dict[str, Any]:
 
 
 def cpu_identity() -> str:
-    """Return the CPU's instruction set: architecture, torch's dispatch level, a digest of its flags.
+    """Return the CPU's instruction set: architecture, torch's dispatch level, its flags' digest.
 
     torch's own caches leave it out; an AVX-512 artifact then runs on AVX2 and returns NaN.
     """
@@ -116,7 +122,7 @@ def cpu_identity() -> str:
 
 def _cpu_flags() -> str:
     try:
-        with open("/proc/cpuinfo", "rb") as file:
+        with open("/proc/cpuinfo", "rb") as file:  # noqa: PTH123 - no need of pathlib's import.
             # The first processor's entry; the file is made while it is read, page by page.
             text = file.read(8192)
     except OSError:

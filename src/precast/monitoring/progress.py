@@ -40,11 +40,12 @@ class ProgressListener:
         self._clock = clock
         self._interval_s = interval_s
         self._lock = threading.Lock()
-        self._running: dict[str, str] = {}  # Key of a piece to its name, in order of starting.
+        # Names, in order of starting: the key is not settled before a compiler is.
+        self._running: list[str] = []
         self._num_done = 0
         self._started = 0.0
         self._last_line = 0.0
-        self._live: Any = None  # A rich Status while compiling on a terminal.
+        self._live: Any = None  # A rich Live while compiling on a terminal.
 
     def __call__(self, event: Event) -> None:
         """Follow one event."""
@@ -55,7 +56,8 @@ class ProgressListener:
                 case events.CompileStarted():
                     self._begin(event)
                 case events.PieceCompiled() | events.PieceFailed():
-                    if self._running.pop(event.key, None) is not None:
+                    if event.piece in self._running:
+                        self._running.remove(event.piece)
                         self._num_done += 1
                         self._show()
                 case events.ModelReady() | events.CaptureFailed() | events.ModelReleased():
@@ -69,7 +71,7 @@ class ProgressListener:
             self._started = self._clock()
             self._last_line = self._started - self._interval_s
             self._live = self._open_live()
-        self._running[event.key] = event.piece
+        self._running.append(event.piece)
         self._show()
 
     def _end(self) -> None:
@@ -81,15 +83,17 @@ class ProgressListener:
 
     def _show(self) -> None:
         now = self._clock()
-        names = ", ".join(self._running.values())
-        line = f"precast: {self._num_done} pieces done, {now - self._started:.0f} s"
-        line += f"; compiling {names}" if names else ""
         if self._live is not None:
-            self._live.update(line)
+            self._live.refresh()
         elif now - self._last_line >= self._interval_s and self._is_shown_plainly():
             self._last_line = now
-            self._output().write(line + "\n")
+            self._output().write(self._line() + "\n")
             self._output().flush()
+
+    def _line(self) -> str:
+        names = ", ".join(self._running)
+        line = f"precast: {self._num_done} pieces done, {self._clock() - self._started:.0f} s"
+        return line + (f"; compiling {names}" if names else "")
 
     def _is_shown_plainly(self) -> bool:
         return self._is_enabled is True or self._is_terminal()
@@ -106,11 +110,24 @@ class ProgressListener:
             return None
         try:
             from rich.console import Console
+            from rich.live import Live
+            from rich.spinner import Spinner
         except ImportError:
             return None
         from rich.errors import LiveError
 
-        live = Console(file=self._output()).status("precast: compiling")
+        spinner = Spinner("dots")
+
+        def render() -> Spinner:
+            spinner.update(text=self._line())  # Drawn again and again: the seconds go on.
+            return spinner
+
+        live = Live(
+            console=Console(file=self._output()),
+            get_renderable=render,
+            refresh_per_second=8,
+            transient=True,
+        )
         try:
             live.start()
         except LiveError:  # The program shows a live display of its own.

@@ -1,1 +1,1 @@
-"""What runs at a call: the slots that hold pieces' code (`slot`), and who serves a call (`dispatch`)."""
+"""What runs at a call: the slots that hold code (`slot`), and who serves the call (`dispatch`)."""

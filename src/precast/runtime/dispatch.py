@@ -7,12 +7,16 @@ first call, a new shape, a changed model, is `resolve`'s business, one thread at
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_global_pre_hooks = torch.nn.modules.module._global_forward_pre_hooks
+_global_hooks = torch.nn.modules.module._global_forward_hooks
 
 
 class Runnable(Protocol):
@@ -61,8 +65,12 @@ class Dispatcher:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Serve one call."""
         owner = self.owner
-        if owner is not None and (owner._forward_pre_hooks or owner._forward_hooks):
-            return call_with_hooks(owner, self.forward, args, kwargs)
+        if owner is not None:
+            # Global hooks want every module, someone else's capture the model's own code.
+            if _global_pre_hooks or _global_hooks or _is_dynamo_compiling():
+                return owner._call_impl(*args, **kwargs)
+            if owner._forward_pre_hooks or owner._forward_hooks:
+                return call_with_hooks(owner, self.forward, args, kwargs)
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,19 +86,24 @@ class Dispatcher:
             if is_fit and bound.is_current():
                 if _is_grad_enabled() and needs_gradient(bound.binding.weights, args, kwargs):
                     break
-                try:
-                    return bound.entry(*args, **kwargs)
-                except Exception as error:
-                    if assembly.mutates:
-                        raise  # Half of a write may be done: running it again would be wrong.
-                    self._report(assembly, error)
-                    return self._eager(*args, **kwargs)
+                return self.run(assembly, bound, args, kwargs)
         return self._resolve(args, kwargs)
 
+    def run(
+        self, assembly: Runnable, bound: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call compiled; eager, if compiled code raises. `args` begin with the owner."""
+        try:
+            return bound.entry(*args, **kwargs)
+        except Exception as error:
+            if assembly.mutates:
+                raise  # Half of a write may be done: running it again would be wrong.
+            result = self._eager(*args, **kwargs)  # Raises too where the call is at fault.
+            self._report(assembly, error)
+            return result
 
-def needs_gradient(
-    weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
+
+def needs_gradient(weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether eager would record a gradient for this call."""
     for tensor in weights:
         if tensor.requires_grad:
@@ -122,6 +135,11 @@ def call_with_hooks(
         if identity in module._forward_pre_hooks_with_kwargs:
             changed = hook(module, args, kwargs)
             if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(
+                        "forward pre-hook must return None or a tuple of (new_args, new_kwargs), "
+                        f"but got {changed}."
+                    )
                 args, kwargs = changed
         else:
             changed = hook(module, args)
@@ -140,7 +158,14 @@ def call_with_hooks(
         # As torch does: hooks that asked to run always, run also after an error.
         for identity, hook in list(module._forward_hooks.items()):
             if identity in module._forward_hooks_always_called and identity not in done:
-                _run_hook(module, identity, hook, args, kwargs, None)
+                try:
+                    _run_hook(module, identity, hook, args, kwargs, None)
+                except Exception as second:  # noqa: BLE001 - The first error is the one to raise.
+                    warnings.warn(
+                        f"module forward hook with ``always_call=True`` raised an exception "
+                        f"that was silenced as another error was raised in forward: {second}",
+                        stacklevel=2,
+                    )
         raise
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from precast.background.service import CompileJob, CompileService
+from precast.background.service import CompileService
+from precast.compilers.job import CompileJob
 from precast.errors import CompileCrashedError, CompileTimeoutError
 from precast.events import CompileStarted, Event
 from unit.compilers.example_pieces import TINY

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from precast.background.service import CompileJob, CompileService, JobResult
+from precast.background.service import CompileService
 from precast.compilers.aot_inductor import AOTInductorAdaptor
 from precast.compilers.inductor import InductorAdaptor
 from precast.compilers.inductor_standalone import InductorStandaloneAdaptor
+from precast.compilers.job import CompileJob, JobResult
 from precast.compilers.verify import verify_from_text
 from precast.graph.piece import SymbolRange
 from precast.graph.read import edge_sizes, zero_sizes
