@@ -236,10 +236,10 @@ class CompiledModel:
 
     def _follow_forward(self) -> None:
         """Serve the `forward` that the model has now, should someone have replaced it."""
-        if self.owner is None or self._is_wrapping:
+        if self.owner is None:
             return
         function = find_forward(self.owner)
-        if function is self.function:
+        if self._is_wrapping if function is None else function is self.function:
             return
         with self._lock:
             self._go_back()
@@ -594,9 +594,11 @@ class CompiledModel:
         return loaded
 
     def _assemble(self, capture: Capture, built: BuiltModel, example: list[list[int]]) -> Assembly:
+        from precast.capture.dynamo import native_digests
         from precast.stitch import SerializableFunction
 
         assert capture.contract is not None
+        capture.contract.code.extend(native_digests(built.execution.targets))
         position = {name: i for i, name in enumerate(capture.weights)}
         names = [slot.piece if slot is not None else "" for slot in built.slots.slots]
         return Assembly(

@@ -135,7 +135,7 @@ class CompilerManager:
         if any(self.make_compiler(name).is_saveable for name in self.compiler_names()):
             names = self.compiler_names()
             if names != ("eager",):
-                self._ensure_service().prestart(min(self._config.num_compile_workers(), 2))
+                self._ensure_service().prestart(min(self._config.num_compile_workers(), 4))
 
     def close(self) -> None:
         """End the workers."""

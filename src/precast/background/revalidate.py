@@ -53,14 +53,18 @@ def _ask(data: bytes, called_off: threading.Event) -> set[str]:
         env=environment,
     )
 
+    done = threading.Event()
+
     def end_when_called_off() -> None:
-        called_off.wait()
-        process.kill()
+        while not done.wait(0.5):
+            if called_off.is_set():
+                process.kill()
 
     threading.Thread(target=end_when_called_off, daemon=True).start()
     try:
         answer, _ = process.communicate(data)
     finally:
+        done.set()
         process.kill()
     for line in answer.decode(errors="replace").splitlines():
         if line.startswith('{"precast"'):

@@ -14,7 +14,7 @@ import marshal
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -491,6 +491,23 @@ def code_digests(
     return sorted([path, digest] for path, digest in found.items()), sorted(
         [module, digest] for module, digest in files.items()
     )
+
+
+def native_digests(targets: Iterable[str]) -> list[list[str]]:
+    """Return [path, digest] of the Python functions that the execution code calls by name.
+
+    Dynamo does not look inside of what is allowed in a graph, so it traced none of their code.
+    """
+    from precast.graph.targets import module_of, resolve_target
+
+    found = []
+    for name in targets:
+        function = resolve_target(name)
+        module = module_of(name)
+        if isinstance(function, types.FunctionType) and not has_fixed_code(module):
+            path = f"{module}:{name.removeprefix(module).lstrip('.')}"
+            found.append([path, digest_code(function.__code__)])
+    return found
 
 
 def _generated_path(code: types.CodeType) -> str | None:
