@@ -1,5 +1,6 @@
 # `make demo` and `make test` need Python, a C++ compiler and a package index, and set up the rest.
 # Another interpreter: `make test PYTHON=python3.12`. One test: `make pytest ARGS="-k contract"`.
+# The demo once more from nothing: `make demo ARGS=--fresh`.
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: check
 

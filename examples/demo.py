@@ -61,12 +61,12 @@ def main() -> int:
         environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         if options.fresh:
             environment["PRECAST_CACHE_DIR"] = f"{scratch}/cache"
-        return show_all([options.only] if options.only else list(TITLES), scratch, environment, options.compiler)
+        return show_all(
+            [options.only] if options.only else list(TITLES), scratch, environment, options.compiler
+        )
 
 
-def show_all(
-    models: list[str], scratch: str, environment: dict[str, str], compiler: str
-) -> int:
+def show_all(models: list[str], scratch: str, environment: dict[str, str], compiler: str) -> int:
     problems: list[str] = []
     saved, num_warm = 0.0, 0
     for model in models:

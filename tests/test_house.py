@@ -14,6 +14,7 @@ import pytest
 
 import precast
 from precast import errors, plugins
+from precast.compilers.verify import VerifyMismatchError
 from precast.errors import REASON_CODES, PrecastError
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,7 @@ ERRORS: list[PrecastError] = [
     errors.ArtifactError("cas/ab", "it is empty"),
     errors.ArtifactCorruptError("cas/ab", "digest 1", "digest 2"),
     errors.ArtifactIncompatibleError("cas/ab", "avx512", "avx2"),
+    VerifyMismatchError("layer", "inductor", "output 0 is off by 1"),
     errors.StoreError("disk", "write", "No space left on device"),
 ]
 

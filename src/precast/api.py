@@ -9,6 +9,7 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 from __future__ import annotations
 
 import functools
+import gc
 import re
 import threading
 import time
@@ -121,6 +122,15 @@ class Session:
             self._hashers[device] = HashComputer(device)
         return self._hashers[device]
 
+    def _worker_environment(self) -> dict[str, str]:
+        # Inductor writes a loop for the number of threads that its process has.
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        if self.config.compilation_level != "full":
+            # Pieces are compiled side by side; a pool of compile processes in each worker takes
+            # longer to start than a piece's few kernels take.
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        return environment
+
     def _make_service(self) -> CompileService:
         from precast.background.service import CompileService
 
@@ -130,8 +140,7 @@ class Session:
             memory_bytes=self.config.max_compile_memory,
             emit=self.emit,
             clock=time.perf_counter,
-            # Inductor writes a loop for the number of threads that its process has.
-            environment={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            environment=self._worker_environment(),
         )
 
     def close(self) -> None:
@@ -301,7 +310,16 @@ class CompiledModel:
     ) -> LoadedAssembly | None:
         started = time.perf_counter()
         key = self._assembly_key(signature)
-        loaded = self._load(key, args, kwargs, started)
+        # A large assembly is thousands of small lists, and one full collection, over everything
+        # that torch holds, takes longer than the whole start.
+        is_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            loaded = self._load(key, args, kwargs, started)
+        finally:
+            if is_collecting:
+                gc.collect(0)  # Only what is new, or the full collection follows right away.
+                gc.enable()
         if loaded is not None:
             return loaded
         config = self.session.config
@@ -349,10 +367,16 @@ class CompiledModel:
 
     def _device(self, signature: str) -> str:
         """Return the device type whose toolchain counts."""
-        tensors = [] if self.owner is None else [*self.owner.parameters(), *self.owner.buffers()]
-        kinds = {tensor.device.type for tensor in tensors} | set(
-            re.findall(r"torch\.\w+/\d+/(\w+)", signature)
-        )
+        kinds = set(re.findall(r"torch\.\w+/\d+/(\w+)", signature))
+        # By hand: `parameters()` costs ten times as much, milliseconds in a deep model.
+        modules = [] if self.owner is None else [self.owner]
+        seen = set(modules)
+        for module in modules:
+            for tensors in (module._parameters, module._buffers):
+                kinds.update(x.device.type for x in tensors.values() if x is not None)
+            new = [x for x in module._modules.values() if x is not None and x not in seen]
+            seen.update(new)
+            modules.extend(new)
         return min(kinds - {"cpu"}, default="cpu")
 
     # -- warm -----------------------------------------------------------------
@@ -403,7 +427,8 @@ class CompiledModel:
         when = self.session.config.revalidate
         if when == "never" or self.is_block:
             return False
-        if when == "background" and self._device() != "cpu":
+        signature = call_signature(args[self._num_owners :], kwargs)
+        if when == "background" and self._device(signature) != "cpu":
             self.not_revalidated = "a second look would take the model's size again on the GPU"
             return False
         request = self._revalidation_request(loaded, args[self._num_owners :], kwargs)

@@ -44,8 +44,10 @@ def encode(value: Any) -> Any:
         Unrecordable: The value has an identity that no text can carry.
     """
     kind = type(value)
-    if value is None or kind is bool or kind is int or kind is str:
+    if value is None or kind is int or kind is str:
         return value
+    if kind is bool:
+        return ["bool", value]  # Or True would equal 1.
     if kind is float:
         # Also tells 0.0 from -0.0 and 1.0 from 1, and NaN equals itself.
         return ["float", value.hex()]
@@ -310,6 +312,30 @@ class Mismatch(Exception):  # noqa: N818 - a finding that is answered, not an er
     """Something that the contract asks for does not hold; the text says what."""
 
 
+class _Attributes:
+    """An object's attributes as items, for those that lie in no dictionary: slots, cells."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._owner, name)
+
+
+class _Contains:
+    """Whether a set holds a key, as an item: its size alone does not tell."""
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Any) -> None:
+        self._keys = keys
+
+    def __getitem__(self, key: Any) -> bool:
+        return key in self._keys
+
+
 class Binding:
     """One contract checked against one model: the weights, and a cheap "is it still so?".
 
@@ -435,12 +461,22 @@ def _bind(
     if isinstance(owner, torch.nn.Module):
         # Another `forward`, of the class or of the object alone, is another model.
         _attribute(owner, "forward", places)
+        places.append((_Attributes(owner), "__class__", type(owner)))
         sized.append(owner.__dict__)
+        for kind in dict.fromkeys(map(type, owner.modules())):
+            if is_fixed(kind.__module__):
+                _require_own_forward(kind, places)
     for index, kind, payload in contract.checks:
         if not _holds(kind, payload, values[index], values, sized):
             raise Mismatch(_describe(contract, index, kind, payload, values[index]))
+        if kind == "has_key" and type(values[index]) is set:
+            places.append((_Contains(values[index]), payload[0], payload[1]))
     weights = [values[index] for index in contract.weights]
+    # Most weights have a check of their own, which held: they are not asked twice.
+    checked = {index: payload for index, kind, payload in contract.checks if kind == "tensor"}
     for index, tensor, spec in zip(contract.weights, weights, contract.specs, strict=True):
+        if checked.get(index) == spec and isinstance(tensor, torch.Tensor):
+            continue
         if not isinstance(tensor, torch.Tensor) or tensor_spec(tensor) != spec:
             found = tensor_spec(tensor) if isinstance(tensor, torch.Tensor) else type(tensor)
             raise Mismatch(f"{contract.node_name(index)} is {found}, was {spec}")
@@ -456,6 +492,17 @@ def _bind(
         state_guard=state_guard(),
         data_ptr=torch.Tensor.data_ptr,
     )
+
+
+def _require_own_forward(kind: type, places: list[tuple[Any, Any, Any]]) -> None:
+    """Refuse a class of torch whose `forward` somebody replaced: it counts as settled."""
+    for base in kind.__mro__:
+        found = base.__dict__.get("forward")
+        if found is not None:
+            if not is_fixed(getattr(found, "__module__", None) or ""):
+                raise Mismatch(f"{kind.__module__}.{kind.__qualname__}.forward was replaced")
+            places.append((base.__dict__, "forward", found))
+            return
 
 
 def _hook_dicts(owner: Any, allowed: list[str]) -> list[Any]:
@@ -534,6 +581,7 @@ def _evaluate(
             bound_locals[name] = cell.cell_contents
         except ValueError as error:
             raise Mismatch(f"the closure's {name} is empty") from error
+        places.append((_Attributes(cell), "cell_contents", bound_locals[name]))
     values: list[Any] = []
     for index, (parent, step, key) in enumerate(contract.nodes):
         try:
@@ -550,7 +598,8 @@ def _evaluate(
                 elif step == "i":
                     item = tuple(key) if type(key) is list else key
                     value = base[item]
-                    if type(base) is dict or type(base) is list:
+                    # What makes each item anew cannot be watched by identity.
+                    if type(base) is dict or type(base) is list or base[item] is value:
                         places.append((base, item, value))
                 elif step == "t":
                     value = type(base)
@@ -566,6 +615,10 @@ def _evaluate(
     return values
 
 
+# Slots, and what Python itself keeps in an object: a cell's contents, a function's defaults.
+_FIELD_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
 def _attribute(base: Any, name: str, places: list[tuple[Any, Any, Any]]) -> Any:
     own = getattr(base, "__dict__", None)
     if own is not None and name in own and not isinstance(base, type):
@@ -578,6 +631,10 @@ def _attribute(base: Any, name: str, places: list[tuple[Any, Any, Any]]) -> Any:
     for kind in type(base).__mro__ if not isinstance(base, type) else base.__mro__:
         if name in kind.__dict__:
             places.append((kind.__dict__, name, kind.__dict__[name]))
+            if type(kind.__dict__[name]) in _FIELD_TYPES and name != "__dict__":
+                own_field = _Attributes(base)
+                if own_field[name] is value:
+                    places.append((own_field, name, value))
             break
     return value
 
@@ -692,6 +749,8 @@ def decode(data: Any) -> Any:
         return data
     kind = data[0]
     match kind:
+        case "bool":
+            return bool(data[1])
         case "float":
             return float.fromhex(data[1])
         case "tuple":

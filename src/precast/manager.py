@@ -257,7 +257,6 @@ class CompilerManager:
             for i in missing:
                 directory = Path(scratch) / str(i)
                 directory.mkdir()
-                self._emit(CompileStarted(names[i], "", "/".join(self.compiler_names())))
                 futures[i] = self._submit(pieces[i], names[i], str(directory))
             for i, future in futures.items():
                 results[i] = self._finish(pieces[i], names[i], future)
@@ -296,14 +295,17 @@ class CompilerManager:
             last = done.failures[-1]
             reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
             return self._failed(piece, name, reason)
-        compiler = self.make_compiler(done.compiler)
+        # The worker knows a compiler that was given as an object by its class.
+        setting = self._config.compiler
+        compiler_name = done.compiler if isinstance(setting, str) else self.compiler_names()[0]
+        compiler = self.make_compiler(compiler_name)
         key = self.compute_hash_keys(piece, compiler)
         files = {label: _PathOf(path) for label, path in done.files.items()}
         payload = self._storage.publish(
             key.digest,
             {
                 "kind": "piece",
-                "compiler": done.compiler,
+                "compiler": compiler_name,
                 "details": dict(done.details),
                 "seconds": done.seconds,
                 "parts": key.parts,
@@ -314,7 +316,9 @@ class CompilerManager:
         )
         num_bytes = sum(Path(path).stat().st_size for path in done.files.values())
         self._emit(
-            PieceCompiled(name, key.digest, done.compiler, done.seconds, num_bytes, done.worker_pid)
+            PieceCompiled(
+                name, key.digest, compiler_name, done.seconds, num_bytes, done.worker_pid
+            )
         )
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
@@ -330,7 +334,7 @@ class CompilerManager:
         return PieceResult(
             call=call,
             key=key.digest,
-            compiler=done.compiler,
+            compiler=compiler_name,
             record=record,
             seconds=done.seconds,
             ranges=done.details.get("ranges"),

@@ -272,7 +272,7 @@ def narrowed_ranges(
 
 
 def _as_inequality(expression: Any) -> Any:
-    """Write `x == Min(a, x)`, as slices of tables of positions ask, as the `x <= a` that it says."""
+    """Write `x == Min(a, x)`, as slices of position tables ask, as the `x <= a` that it says."""
     # torch 2.11-2.13. torch's own Min and Max, which sympy's solvers do not know.
     import sympy
     from torch.utils._sympy.functions import Max, Min
@@ -392,6 +392,24 @@ def prepare_inductor() -> None:
         return is_built
 
     isa.check_build = check_build
+
+
+def warm_inductor() -> None:
+    """Build Inductor's pattern tables now, which the first compile of a process would build."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing: the first compile does it, while somebody waits
+    # upstream: both are private and idempotent
+    # goes:     when the tables are made at import, or shared between processes
+    import torch
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    # Called as Inductor calls them: the answers are kept by argument, and a second time with
+    # another one registers patterns twice.
+    with torch.no_grad():
+        post_grad.lazy_init()
+        joint_graph.lazy_init(
+            torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        )
 
 
 def inductor_options(**more: Any) -> dict[str, Any]:

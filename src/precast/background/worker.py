@@ -15,12 +15,13 @@ nothing of deadlines, retries and caches; its parent does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ def main() -> None:
     lower_priority()
     die_with_parent(int(os.environ["PRECAST_WORKER_PARENT"]))
     if os.environ.get("PRECAST_WORKER_WARM", "1") == "1":
-        from precast.torch_private import prepare_inductor
+        from precast.torch_private import prepare_inductor, warm_inductor
 
         prepare_inductor()  # Seconds of imports, before the first job is there.
+        with contextlib.suppress(Exception):  # It is only early: a compile that needs it says so.
+            warm_inductor()
     memory = os.environ.get("PRECAST_WORKER_MEMORY")
     limit_memory(int(memory) if memory else None)
 
@@ -104,7 +107,8 @@ def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) ->
         run = compiler.load(details, compiled.files, piece)
         verified = _verify(piece, run, details, name, is_retry=bool(job.get("is_retry")))
     else:
-        _leave_out(piece, details, details.get("unproven", {}))
+        unproven = details.get("unproven", {})
+        _leave_out(piece, details, [(name, n) for name, sizes in unproven.items() for n in sizes])
     details.pop("unproven", None)
     return {
         "compiler": name,
@@ -118,7 +122,7 @@ def _verify(
     piece: Piece, run: Any, details: dict[str, Any], name: str, *, is_retry: bool
 ) -> dict[str, Any]:
     """Compare with eager; what fails at sizes 0 or 1 only is left out of `details["ranges"]`."""
-    from precast.compilers.verify import verify_from_text
+    from precast.compilers.verify import EagerRefusedError, verify_from_text
     from precast.graph.read import edge_sizes, zero_sizes
 
     ranges = details.setdefault("ranges", {})
@@ -132,16 +136,22 @@ def _verify(
     rows = [sizes for sizes in edge_sizes(piece) if is_inside(sizes)]
     usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())]
     result = verify_from_text(piece, run, usual or rows, name)
-    for row in [sizes for sizes in rows if sizes not in usual and usual] + [
-        sizes for sizes in zero_sizes(piece) if is_inside(sizes)
-    ]:
-        small = {symbol: [size] for symbol, size in row.items() if size < 2}
+    small_rows = [sizes for sizes in rows if sizes not in usual and usual]
+    small_rows += [sizes for sizes in zero_sizes(piece) if is_inside(sizes)]
+    proven: set[tuple[str, int]] = set()
+    undecided: set[tuple[str, int]] = set()
+    for row in small_rows:
+        small = {(symbol, size) for symbol, size in row.items() if size < 2}
         try:
             if is_retry and 0 in row.values():  # Perhaps it was this that crashed.
                 raise CompileError("", name, "not tried again")
             verify_from_text(piece, run, [row], name)
-        except Exception:  # noqa: BLE001 - eager may refuse such a size just as well.
+            proven |= small
+        except EagerRefusedError:
+            undecided |= small
+        except Exception:  # noqa: BLE001 - whatever it is, it does not work.
             _leave_out(piece, details, small)
+    _leave_out(piece, details, undecided - proven)
     return {
         "max_abs_error": result.max_abs_error,
         "max_rel_error": result.max_rel_error,
@@ -149,12 +159,12 @@ def _verify(
     }
 
 
-def _leave_out(piece: Piece, details: dict[str, Any], sizes: Mapping[str, list[int]]) -> None:
+def _leave_out(piece: Piece, details: dict[str, Any], sizes: Iterable[tuple[str, int]]) -> None:
     """Raise the low ends of ranges above sizes that do not work."""
-    for symbol, bad in sizes.items():
+    for symbol, bad in sizes:
         allowed = piece.symbols[symbol]
         low, high = details.setdefault("ranges", {}).get(symbol, (allowed.low, allowed.high))
-        details["ranges"][symbol] = [max(low, max(bad) + 1), high]
+        details["ranges"][symbol] = [max(low, bad + 1), high]
 
 
 def _failure(compiler: str, error: Exception) -> dict[str, Any]:

@@ -477,11 +477,12 @@ def code_digests(
     found: dict[str, str] = {}
     files: dict[str, str] = {}
     for code, module in wanted.items():
-        path, root = paths.get(code, (None, code))
-        if path is None and module is None:
+        known = paths.get(code, [])
+        if not known and module is None:
             path = _generated_path(code)
-        if path is not None:
-            found[path] = digest_code(root)
+            known = [] if path is None else [(path, code)]
+        if known:
+            found.update((path, digest_code(root)) for path, root in known)
         elif module is not None and file_digest(module):
             files[module] = file_digest(module)
         elif code.co_filename.startswith("<") and _is_made_by_library(code):
@@ -541,17 +542,23 @@ def _modules_by_file() -> dict[str, str]:
 
 def _paths(
     function: types.FunctionType, owner: Any, modules: set[str]
-) -> dict[types.CodeType, tuple[str, types.CodeType]]:
-    """Code -> (path that leads to it or to the code that contains it, that code)."""
-    found: dict[types.CodeType, tuple[str, types.CodeType]] = {}
+) -> dict[types.CodeType, list[tuple[str, types.CodeType]]]:
+    """Code -> (path, code) of every name that leads to it; else of one that contains it.
+
+    Every name: a function of a module that was put in the place of a class's method must be
+    found there again, where the call looks for it, and not only where it was defined.
+    """
+    found: dict[types.CodeType, list[tuple[str, types.CodeType]]] = {}
+    containers: dict[types.CodeType, list[tuple[str, types.CodeType]]] = {}
 
     def enter(value: Any, path: str, depth: int = 0) -> None:
         if depth > 4:
             return
         code = getattr(value, "__code__", None)
         if isinstance(code, types.CodeType):
+            found.setdefault(code, []).append((path, code))
             for inner in _with_nested(code):
-                found.setdefault(inner, (path, code))
+                containers.setdefault(inner, [(path, code)])
         for step in _steps_into(value):
             enter(unwrap(value, step), f"{path}/{step}", depth + 1)
 
@@ -572,7 +579,7 @@ def _paths(
             continue
         for key, value in list(vars(kind).items()):
             enter(value, f"{kind.__module__}:{kind.__qualname__}.{key}")
-    return found
+    return {**containers, **found}
 
 
 def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -620,8 +620,8 @@ def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any)
         if _as_int(step) is not None and _as_int(shape[dim]) != 1
     ]
     if len(static) == len(stride) and static:
-        text = "".join(f"{step}, " for _, step in static)
-        writer.require(f"{name}.stride() == ({text})", f"{meaning} has the strides ({text})")
+        text = repr(tuple(step for _, step in static))
+        writer.require(f"{name}.stride() == {text}", f"{meaning} has the strides {text}")
     else:
         for dim, step in static:
             writer.require(

@@ -53,6 +53,10 @@ class VerifyMismatchError(CompileError):
     outcome = "the artifact is thrown away and the piece stays eager"
 
 
+class EagerRefusedError(Exception):
+    """The eager piece itself fails at the sizes tried, so that nothing can be compared."""
+
+
 def verify(
     piece: Piece,
     compiled: CompiledCallable,
@@ -65,17 +69,30 @@ def verify(
     Values, dtypes, shapes, strides (of dimensions longer than 1), and which inputs an output
     shares memory with, must agree; NaN equals NaN.
 
+    Sizes at which eager fails are passed over: two inputs may have to be of one length although
+    only the model's code says so.
+
     Raises:
         VerifyMismatchError: They do not; says at which sizes, and how far apart they are.
+        EagerRefusedError: Eager fails at every assignment.
     """
-    tried = tuple(dict(row) for row in sizes)
+    tried: list[dict[str, int]] = []
+    refused: EagerRefusedError | None = None
     worst_abs = worst_rel = 0.0
-    for seed, row in enumerate(tried):
+    for seed, row in enumerate(map(dict, sizes)):
         check = _Check(piece, compiler, row)
-        for ours, theirs, reference, name in check.run(compiled, eager, seed):
+        try:
+            compared = check.run(compiled, eager, seed)
+        except EagerRefusedError as error:
+            refused = error
+            continue
+        tried.append(row)
+        for ours, theirs, reference, name in compared:
             absolute, relative = check.compare(ours, theirs, reference, name)
             worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
-    return VerifyResult(worst_abs, worst_rel, tried)
+    if refused is not None and not tried:
+        raise refused
+    return VerifyResult(worst_abs, worst_rel, tuple(tried))
 
 
 def verify_from_text(
@@ -105,7 +122,11 @@ class _Check:
 
         with torch.no_grad():
             theirs_in = fresh()
-            theirs = list(eager(*theirs_in))
+            try:
+                theirs = list(eager(*theirs_in))
+            except Exception as error:
+                problem = f"the eager piece fails: {type(error).__name__}: {error}"
+                raise EagerRefusedError(problem + self._at()) from error
             ours_in = fresh()
             ours = list(compiled(list(ours_in)))
             reference_in, reference = self._reference(eager, fresh())
@@ -194,9 +215,11 @@ class _Check:
         return float(difference), float(theirs[finite].abs().max())
 
     def _mismatch(self, problem: str) -> VerifyMismatchError:
+        return VerifyMismatchError(piece_name(self._piece), self._compiler, problem + self._at())
+
+    def _at(self) -> str:
         at = ", ".join(f"{name}={size}" for name, size in self._sizes.items())
-        where = f" at {at}" if at else ""
-        return VerifyMismatchError(piece_name(self._piece), self._compiler, problem + where)
+        return f" at {at}" if at else ""
 
 
 def _NARROW() -> tuple[torch.dtype, ...]:  # noqa: N802

@@ -187,9 +187,12 @@ def edge_sizes(piece: Piece) -> list[dict[str, int]]:
 
 
 def zero_sizes(piece: Piece) -> list[dict[str, int]]:
-    """Return one assignment for each symbol that may be 0, the others at their hints."""
+    """Return one assignment for each symbol that may be 0, others at their hints; then all 0."""
     hints = symbol_hints(piece)
-    rows = [{**hints, name: 0} for name, allowed in piece.symbols.items() if 0 in allowed]
+    names = [name for name, allowed in piece.symbols.items() if 0 in allowed]
+    rows = [{**hints, name: 0} for name in names]
+    if len(names) > 1:  # Symbols may stand for one length without the piece's saying so.
+        rows.append({**hints, **dict.fromkeys(names, 0)})
     return [sizes for sizes in rows if _is_consistent(piece, sizes)]
 
 

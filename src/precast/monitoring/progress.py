@@ -71,7 +71,8 @@ class ProgressListener:
             self._started = self._clock()
             self._last_line = self._started - self._interval_s
             self._live = self._open_live()
-        self._running.append(event.piece)
+        if event.piece not in self._running:  # Else: another compiler tries the same piece.
+            self._running.append(event.piece)
         self._show()
 
     def _end(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from precast.compilers.eager import EagerAdaptor
-from precast.compilers.verify import VerifyMismatchError, verify_from_text
+from precast.compilers.verify import EagerRefusedError, VerifyMismatchError, verify_from_text
 from precast.graph.piece import Piece
 from precast.graph.read import edge_sizes
 from unit.compilers.example_pieces import GATED, MUTATING, TINY, spec
@@ -74,3 +74,18 @@ def test_rounding_less_than_eager_is_no_error() -> None:
         return [(grown * grown - grown).bfloat16()]
 
     verify_from_text(piece, fused, [{"s0": 64}], "planted")
+
+
+def test_sizes_that_eager_refuses_say_nothing() -> None:
+    """
+    Two inputs may have to be of one length although only the model's code says so.
+    """
+    text = "def piece(a0):\n    v0 = a0.narrow(0, 0, 5)\n    return (v0,)\n"
+    piece = replace(TINY, text=text)
+
+    def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [inputs[0].narrow(0, 0, 5)]
+
+    assert verify_from_text(piece, run, [{"s0": 3}, {"s0": 9}], "planted").sizes == ({"s0": 9},)
+    with pytest.raises(EagerRefusedError, match="s0=3"):
+        verify_from_text(piece, run, [{"s0": 3}], "planted")

@@ -56,6 +56,19 @@ def test_a_second_model_starts_from_nothing() -> None:
     assert out.getvalue().splitlines()[-1] == "precast: 0 pieces done, 0 s; compiling b"
 
 
+def test_a_piece_that_a_second_compiler_tries_is_one_piece() -> None:
+    """
+    Its key changes with the compiler; its name does not.
+    """
+    out, clock = io.StringIO(), Clock()
+    show = ProgressListener(True, out, clock)
+    show(events.CompileStarted("layer", "1", "aot_inductor"))
+    show(events.CompileStarted("layer", "2", "inductor_standalone"))
+    clock.now = 20.0
+    show(compiled("layer"))
+    assert out.getvalue().splitlines()[-1] == "precast: 1 pieces done, 20 s"
+
+
 def test_a_failed_piece_is_no_longer_shown() -> None:
     out, clock = io.StringIO(), Clock()
     show = ProgressListener(True, out, clock)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from precast.capture.dynamo import capture_call, code_digests, size_of
+from precast.contract import ambient_state
+from precast.errors import CaptureError
+
+EPS = 1e-5
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + EPS
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.scale = 2.0
+
+    def forward(self, x: torch.Tensor, flag: bool = True) -> Any:
+        if flag:
+            return {"y": self.inner(x) * self.scale, "n": x.shape[0]}
+        return x
+
+
+@pytest.fixture(autouse=True)
+def known_to_sys_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(__name__)
+    module.__dict__.update(globals())
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, module))
+
+
+def test_a_call_becomes_data() -> None:
+    """
+    The graph, what the contract must hold of the model, and how each input is found.
+    """
+    model = Model()
+    with torch.no_grad():
+        capture = capture_call(Model.forward, model, (torch.randn(3, 4),), {}, name="Model")
+
+    assert capture is not None
+    assert capture.unrecordable is None
+    contract = capture.contract
+    assert contract is not None
+    places = [contract.node_name(i) for i in contract.weights]
+    assert [place.rpartition("['")[2] for place in places] == ["weight']", "bias']"]
+    assert {path.rpartition(":")[2] for path, _ in contract.code} >= {"@", "Inner.forward"}
+    checked = {contract.node_name(node): (kind, payload) for node, kind, payload in contract.checks}
+    assert checked["self.scale"] == ("value", ["float", (2.0).hex()])
+    assert any("EPS" in name for name in checked)
+    assert contract.state == ambient_state()
+    assert len(capture.entry.arguments) == 1
+    assert [(bounds.low, bounds.high) for bounds in capture.ranges.values()]
+
+
+def test_marks_on_a_users_tensor_are_taken_off_again() -> None:
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        capture_call(Model.forward, Model(), (x,), {})
+
+    assert not vars(x)
+
+
+def constant(x: torch.Tensor) -> int:
+    return 3
+
+
+def test_a_call_that_computes_nothing_is_none() -> None:
+    assert capture_call(constant, None, (torch.randn(3, 4),), {}) is None
+
+
+def breaking(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def test_a_graph_break_is_an_error_that_names_the_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture_call(breaking, None, (torch.randn(3),), {}, name="breaking")
+
+    assert caught.value.reason.code == "capture-failed"
+    assert "breaking" in str(caught.value)
+    assert "test_dynamo.py" in (caught.value.location or "")
+
+
+def test_a_call_that_eager_refuses_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch would print pages of its own; the error says it all."""
+    with pytest.raises(CaptureError), torch.no_grad():
+        capture_call(Model.forward, Model(), (torch.randn(3, 5),), {})
+
+    assert capfd.readouterr().err == ""
+
+
+def test_a_size_is_told_from_a_tensor() -> None:
+    assert size_of("L['x'].size()[1]") == ("L['x']", "size", 1)
+    assert size_of("L['x'].stride()[0]") == ("L['x']", "stride", 0)
+    assert size_of("L['x']") is None
+
+
+def patched(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_a_function_in_a_methods_place_is_looked_for_in_that_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    What was captured while a method was patched must not serve a process that does not patch.
+    """
+    monkeypatch.setattr(Inner, "forward", patched)
+    model = Model()
+    code, _ = code_digests([patched.__code__], Model.forward, model)
+
+    assert f"{__name__}:Inner.forward" in [path for path, _ in code]

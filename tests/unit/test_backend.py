@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from precast.api import torch_backend
+
+OPTIONS = {"compiler": "eager", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def make() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
+
+
+def test_torch_compile_finds_precast_by_name(tmp_path: Path) -> None:
+    """The entry point is declared, and sizes may vary."""
+    model = make()
+    options = {**OPTIONS, "cache_dir": str(tmp_path)}
+    compiled = torch.compile(model, backend="precast", options=options, dynamic=True)
+
+    for rows in (3, 5, 1):
+        x = torch.randn(rows, 4)
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_an_option_that_is_no_setting_is_refused() -> None:
+    compiled = torch.compile(make(), backend="precast", options={"compilr": "eager"})
+
+    with pytest.raises(Exception, match="compiler"):
+        compiled(torch.randn(3, 4))
+
+
+def test_a_disabled_precast_gives_the_graph_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAST_DISABLE", "1")
+    graph_module = torch.fx.symbolic_trace(make())
+
+    assert torch_backend(graph_module, ()) == graph_module.forward

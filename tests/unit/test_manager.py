@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from precast.cache import open_cache
+from precast.compilers.interface import CompiledPiece
+from precast.compilers.job import CompileFailure, CompileJob, JobResult
+from precast.config import CompilationConfig
+from precast.errors import CompileError, CompileTimeoutError, ConfigError
+from precast.events import Event, PieceCompiled, PieceFailed, PieceLoaded
+from precast.graph.piece import Piece
+from precast.manager import CompilerManager, check_compiler
+from unit.compilers.example_pieces import TINY
+
+
+class Planted:
+    """A compiler whose code multiplies by what its one file says; `fails` makes it raise."""
+
+    name = "planted"
+
+    def __init__(self, *, is_saveable: bool = True, fails: bool = False) -> None:
+        self.is_saveable = is_saveable
+        self.fails = fails
+        self.num_loads = 0
+
+    def identity(self) -> Mapping[str, str]:
+        return {"compiler": "planted", "adaptor": "1"}
+
+    def compile(self, piece: Piece, directory: str) -> CompiledPiece:
+        path = Path(directory) / "factor"
+        path.write_text("3")
+        return CompiledPiece({"factor": str(path)}, {})
+
+    def load(self, details: Any, files: Mapping[str, str], piece: Piece | None) -> Any:
+        if self.fails:
+            raise RuntimeError("no such luck")
+        self.num_loads += 1
+        factor = float(Path(files["factor"]).read_text()) if files else 1.0
+        return lambda inputs: [inputs[0] * factor]
+
+
+class HereService:
+    """Runs jobs at once, in this process, with one compiler."""
+
+    def __init__(self, compiler: Planted, answer: Any = None) -> None:
+        self.compiler = compiler
+        self.answer = answer
+        self.jobs: list[CompileJob] = []
+        self.num_closed = 0
+
+    def prestart(self, n: int | None = None) -> None:
+        pass
+
+    def submit(self, job: CompileJob) -> Future[JobResult]:
+        self.jobs.append(job)
+        future: Future[JobResult] = Future()
+        if isinstance(self.answer, Exception):
+            future.set_exception(self.answer)
+        elif self.answer is not None:
+            future.set_result(self.answer)
+        else:
+            made = self.compiler.compile(Piece.from_json(job.piece), job.directory)
+            future.set_result(
+                JobResult(
+                    compiler="planted",
+                    files=made.files,
+                    details=made.details,
+                    seconds=2.0,
+                    verify=None,
+                    failures=(),
+                    worker_pid=1,
+                )
+            )
+        return future
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+class Setup:
+    def __init__(self, root: Path, compiler: Planted, answer: Any = None, **settings: Any) -> None:
+        self.events: list[Event] = []
+        config = CompilationConfig(compiler=compiler, **settings)
+        self.service = HereService(compiler, answer)
+        loader, storage = open_cache(
+            root, disabled=False, emit=self.events.append, clock=time.perf_counter
+        )
+        self.manager = CompilerManager(
+            config, loader, storage, self.events.append, lambda: self.service
+        )
+
+    def kinds(self, *wanted: type) -> list[str]:
+        return [type(event).__name__ for event in self.events if isinstance(event, wanted)]
+
+
+X = [torch.ones(2, 2)]
+
+
+def test_a_piece_is_compiled_once_and_found_from_then_on(tmp_path: Path) -> None:
+    """A second manager on the same cache submits nothing; the code is the same."""
+    cold = Setup(tmp_path, Planted())
+    [result] = cold.manager.compile([TINY], ["tiny"])
+    assert not result.from_cache
+    assert result.call(X)[0].sum() == 12
+
+    warm = Setup(tmp_path, Planted())
+    [again] = warm.manager.compile([TINY], ["tiny"])
+    assert again.from_cache
+    assert again.seconds == 2.0
+    assert again.call(X)[0].sum() == 12
+    assert warm.service.jobs == []
+    assert warm.kinds(PieceLoaded, PieceCompiled) == ["PieceLoaded"]
+
+
+def test_a_record_is_enough_to_load_a_piece(tmp_path: Path) -> None:
+    [result] = Setup(tmp_path, Planted()).manager.compile([TINY], ["tiny"])
+    assert result.record is not None
+
+    call = Setup(tmp_path, Planted()).manager.load(result.record)
+    assert call is not None
+    assert call(X)[0].sum() == 12
+
+
+def test_damaged_files_are_compiled_anew(tmp_path: Path) -> None:
+    """A blob that is not what its digest says is never opened, and is replaced."""
+    Setup(tmp_path, Planted()).manager.compile([TINY], ["tiny"])
+    blobs = [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"3"]
+    assert blobs
+    for blob in blobs:
+        blob.chmod(0o600)
+        blob.write_bytes(b"4")
+
+    again = Setup(tmp_path, Planted())
+    [result] = again.manager.compile([TINY], ["tiny"])
+    assert len(again.service.jobs) == 1
+    assert result.call(X)[0].sum() == 12
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CompileTimeoutError("tiny", "planted", 3.0),
+        JobResult(
+            compiler=None,
+            files={},
+            details={},
+            seconds=0.0,
+            verify=None,
+            failures=(CompileFailure("planted", "verify-mismatch", "off by 3"),),
+            worker_pid=1,
+        ),
+    ],
+    ids=["timeout", "mismatch"],
+)
+def test_a_piece_that_cannot_be_compiled_stays_eager_with_the_reason(
+    tmp_path: Path, answer: Any
+) -> None:
+    setup = Setup(tmp_path, Planted(), answer)
+    [result] = setup.manager.compile([TINY], ["tiny"])
+
+    assert result.compiler == "eager"
+    assert result.reason is not None
+    assert result.reason.code in ("compile-timeout", "verify-mismatch")
+    assert setup.kinds(PieceFailed) == ["PieceFailed"]
+    assert result.record is not None
+    assert not any(tmp_path.rglob("ac/*.json")), "nothing was published"
+
+
+def test_on_error_raise_raises(tmp_path: Path) -> None:
+    answer = CompileTimeoutError("tiny", "planted", 3.0)
+    with pytest.raises(CompileError, match="tiny"):
+        Setup(tmp_path, Planted(), answer, on_error="raise").manager.compile([TINY], ["tiny"])
+
+
+def test_cache_only_never_compiles(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), mode="cache_only")
+    [result] = setup.manager.compile([TINY], ["tiny"])
+
+    assert setup.service.jobs == []
+    assert result.reason is not None
+    assert result.reason.code == "not-recorded"
+
+
+def test_a_compiler_whose_code_cannot_be_kept_compiles_here(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(is_saveable=False))
+    [result] = setup.manager.compile([TINY], ["tiny"])
+
+    assert setup.service.jobs == []
+    assert result.record is None
+    assert result.compiler == "planted"
+
+
+def test_a_compiler_that_raises_here_is_answered_by_eager(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(is_saveable=False, fails=True))
+    [result] = setup.manager.compile([TINY], ["tiny"])
+
+    assert result.compiler == "eager"
+    assert result.reason is not None
+    assert "no such luck" in result.reason.message
+
+
+def test_workers_end_once(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted())
+    setup.manager.compile([TINY], ["tiny"])
+    setup.manager.close()
+    setup.manager.close()
+
+    assert setup.service.num_closed == 1
+
+
+def test_what_is_no_compiler_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is_saveable"):
+        check_compiler(object())
