@@ -1,3 +1,5 @@
+# ruff: noqa: BLE001
+# T201, BLE001: a script that prints, and that reports what fails.
 """What a call costs once everything is loaded: ours, torch.compile's and eager's, in one run.
 
     python benchmarks/call.py                    # CPU, 32 layers of the toy decoder
@@ -25,13 +27,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import precast
 import torch
 from decoder import build_decoder, decoder_inputs
 from startup import dtype_of, shape_of
 
+import precast
 
-def microseconds(call: Callable[[], Any], *, rounds: int = 40, calls: int = 200) -> dict[str, float]:
+
+def microseconds(
+    call: Callable[[], Any], *, rounds: int = 40, calls: int = 200
+) -> dict[str, float]:
     """Return the least and the median time of one call, over rounds of many."""
     call()
     seconds = []
@@ -45,8 +50,9 @@ def microseconds(call: Callable[[], Any], *, rounds: int = 40, calls: int = 200)
 
 def measure_stitched_call(num_pieces: int = 130) -> dict[str, float]:
     """Time the execution code around pieces that do nothing, weights bound as in a real model."""
-    from precast.stitch import generate_execution_code
     from torch.fx import Graph, GraphModule
+
+    from precast.stitch import generate_execution_code
 
     graph = Graph()
     hidden = graph.placeholder("hidden")
@@ -160,7 +166,7 @@ def measure_decoder(options: argparse.Namespace, cache: str) -> dict[str, Any]:
         inputs = decoder_inputs(shape, 1, device=options.device)
         result["check"] = microseconds(lambda: loaded.check(ours, *inputs))
         result["is_current"] = microseconds(loaded.bound.is_current, calls=50)
-        result["num_places"] = len(loaded.bound.binding._held_ids)
+        result["num_places"] = len(loaded.bound.binding._held_values)
         # The same call with pieces that do nothing: the native stretches and Precast remain.
         result["reasons"] = [reason["code"] for reason in precast.status(ours)["reasons"]]
         # Without the pieces and the native ops: what Precast itself costs at this depth.
@@ -173,7 +179,9 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each target with what was measured and whether it is met."""
     judged = []
 
-    def add(target: str, value: float | None, limit: float, unit: str, *, least: bool = False) -> None:
+    def add(
+        target: str, value: float | None, limit: float, unit: str, *, least: bool = False
+    ) -> None:
         is_met = None if value is None else (value >= limit if least else value <= limit)
         judged.append(
             {"target": target, "limit": limit, "value": value, "unit": unit, "is_met": is_met}

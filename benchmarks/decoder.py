@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - as torch writes it.
 from torch import nn
 
 _library = torch.library.Library("precast_bench", "DEF")
@@ -29,9 +29,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
     return mixed.squeeze(0).transpose(0, 1).contiguous()
 
 
-def _attention_meta(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def _attention_meta(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
@@ -60,9 +58,7 @@ class Shape:
 
 TOY = Shape()
 # The layers of Llama 3 8B; a small vocabulary, since no piece but the first and last sees it.
-EIGHT_B = Shape(
-    layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=32000
-)
+EIGHT_B = Shape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=32000)
 
 
 class Linear(nn.Linear):

@@ -291,7 +291,8 @@ def show_table(model: str, found: dict[str, dict[str, Any]]) -> None:
     say(
         f"  start: model and inputs ready to first result. A call: {UNITS[model]}. Difference "
         f"from eager: the largest{sizes}"
-        + ("; the same tokens." if model == "generate" and found["warm"]["same_tokens"] else "."),
+        + ("; the same tokens." if model == "generate" and found["warm"]["same_tokens"] else ".")
+        + " Compiling saved: seconds of workers, of which several run side by side.",
         style="dim",
     )
 

@@ -16,7 +16,7 @@ import hashlib
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from operator import getitem
+from operator import getitem, is_
 from typing import Any
 
 from precast.errors import Reason
@@ -228,8 +228,8 @@ def tensor_spec(tensor: Any) -> list[Any]:
 class Contract:
     """Everything that must hold for an assembly to be right, as plain data.
 
-    `nodes` is a table of places: `[parent, step, key]`, where step is "a" (attribute),
-    "i" (item), "k" (nth key), "v" (nth value), "t" (type of) or "n" (length), and parent -1, -2
+    `nodes` is a table of places: `[parent, step, key]`, where step is "a" (attribute), "g" (attribute,
+    past the class's `__getattribute__`), "i" (item), "k" (nth key), "v" (nth value), "t" (type of) or "n" (length), and parent -1, -2
     and -3 are the roots `L` (the function's bound locals: the model, closure cells), `G`
     (globals) and `T` (a class).
     `checks` is a list of `[node, kind, payload]`. `weights` are the nodes of the tensors
@@ -295,7 +295,7 @@ class Contract:
         if parent < 0:
             return str(key)
         match step:
-            case "a":
+            case "a" | "g":
                 return f"{base}.{key}"
             case "i":
                 return f"{base}[{key!r}]"
@@ -345,7 +345,6 @@ class Binding:
 
     __slots__ = (
         "_data_ptr",
-        "_held_ids",
         "_held_values",
         "_holders",
         "_hook_dicts",
@@ -376,9 +375,8 @@ class Binding:
         unique = {(id(holder), key): (holder, key, value) for holder, key, value in places}
         self._holders = [holder for holder, _, _ in unique.values()]
         self._keys = [key for _, key, _ in unique.values()]
-        # Kept alive, so that an id cannot come to mean another object.
+        # The very objects: compared by identity, which no other object can take on while they live.
         self._held_values = [value for _, _, value in unique.values()]
-        self._held_ids = list(map(id, self._held_values))
         self._sized = list({id(container): container for container in sized}.values())
         self._sizes = list(map(len, self._sized))
         self._hook_dicts = hook_dicts
@@ -394,7 +392,7 @@ class Binding:
         try:
             return (
                 self._state_guard()
-                and list(map(id, map(getitem, self._holders, self._keys))) == self._held_ids
+                and all(map(is_, map(getitem, self._holders, self._keys), self._held_values))
                 and list(map(self._data_ptr, self.weights)) == self._pointers
                 and list(map(len, self._sized)) == self._sizes
                 and (
@@ -603,6 +601,11 @@ def _evaluate(
                         places.append((base, item, value))
                 elif step == "t":
                     value = type(base)
+                elif step == "g":
+                    value = object.__getattribute__(base, key)
+                    own = object.__getattribute__(base, "__dict__")
+                    if key in own:
+                        places.append((own, key, value))
                 elif step == "k":
                     value = [*base][key]
                 elif step == "v":

@@ -1,3 +1,5 @@
+# ruff: noqa: T201, BLE001, RUF005
+# T201, BLE001: a script that prints, and that goes on whatever one step does.
 """Everything that a GPU can show, in one go: equality with eager, warm starts, benchmarks.
 
     PYTHONPATH=src CXX=/usr/bin/g++ CC=/usr/bin/gcc python tests/gpu/run_gpu.py
@@ -28,10 +30,22 @@ from typing import Any
 ROOT = Path(__file__).absolute().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 UNWANTED = ("torch._dynamo", "torch._inductor", "sympy", "triton")
-EIGHT_B = (
-    "--device cuda --dtype bf16 --hidden 4096 --intermediate 14336 --heads 32 --kv-heads 8 "
-    "--vocabulary 32000"
-).split()
+EIGHT_B = [
+    "--device",
+    "cuda",
+    "--dtype",
+    "bf16",
+    "--hidden",
+    "4096",
+    "--intermediate",
+    "14336",
+    "--heads",
+    "32",
+    "--kv-heads",
+    "8",
+    "--vocabulary",
+    "32000",
+]
 
 
 # ---------------------------------------------------------------------------
@@ -46,7 +60,9 @@ def compare(name: str, ours: Any, eager: Any, tolerance: float) -> dict[str, Any
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager {eager.dtype}"
     assert ours.stride() == eager.stride(), f"{name}: stride {ours.stride()}, {eager.stride()}"
     difference = (ours.float() - eager.float()).abs().max().item() if ours.numel() else 0.0
-    torch.testing.assert_close(ours, eager, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        ours, eager, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}"
+    )
     return {"case": name, "difference": difference}
 
 
@@ -103,8 +119,9 @@ def small_inputs(size: int, kind: str = "plain") -> tuple[Any, ...]:
 
 def step_sanity(cache: str, *, is_second: bool = False) -> dict[str, Any]:
     """A small module at many sizes and layouts, with a cache that it writes into."""
-    import precast
     import torch
+
+    import precast
 
     model = make_small()
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
@@ -165,9 +182,10 @@ def step_sanity_warm(cache: str) -> dict[str, Any]:
 
 def step_llama(cache: str) -> dict[str, Any]:
     """A tiny transformers llama with `generate()` and a static cache: the tokens of eager."""
-    import precast
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import precast
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -228,9 +246,10 @@ def step_llama(cache: str) -> dict[str, Any]:
 
 def step_bert(cache: str) -> dict[str, Any]:
     """A BERT of MiniLM's shape with random weights, batch and length dynamic."""
-    import precast
     import torch
     from transformers import BertConfig, BertModel
+
+    import precast
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -320,7 +339,9 @@ class Report:
             if step["step"] in self.benchmarks:
                 text = "see below"
             text = text.replace("|", "/").replace("\n", " ")
-            lines.append(f"| {step['step']} | {step['outcome']} | {step['seconds']:.1f} | {text[:1500]} |")
+            lines.append(
+                f"| {step['step']} | {step['outcome']} | {step['seconds']:.1f} | {text[:1500]} |"
+            )
         for name, table in self.benchmarks.items():
             lines += ["", f"## {name}", "", table]
         return "\n".join(lines)
@@ -345,7 +366,9 @@ def describe_machine() -> dict[str, Any]:
             found[name] = None
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        found["gpu"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        found["gpu"] = subprocess.run(
+            query, capture_output=True, text=True, check=False
+        ).stdout.strip()
     except OSError:
         found["gpu"] = None
     return found
@@ -375,7 +398,14 @@ def run_python_step(
 ) -> dict[str, Any]:
     """Run one of `PYTHON_STEPS` in a fresh process."""
     begun = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).absolute()), "--step", name, "--cache", str(cache)]
+    command = [
+        sys.executable,
+        str(Path(__file__).absolute()),
+        "--step",
+        name,
+        "--cache",
+        str(cache),
+    ]
     code, out, error = run_process(command, environment, limit_s)
     step: dict[str, Any] = {"step": name, "seconds": time.perf_counter() - begun}
     lines = [line for line in out.splitlines() if line.startswith("{")]
@@ -441,21 +471,23 @@ def main() -> int:
     report = Report(folder)
     startup = [sys.executable, str(BENCHMARKS / "startup.py"), *EIGHT_B]
     call = [sys.executable, str(BENCHMARKS / "call.py"), *EIGHT_B]
+    startup += ["--scratch", str(scratch / "startup"), "--share"]
+    caches = scratch / "startup"
     # The important ones first: what the budget does not cover is left out, and says so.
     plan: list[tuple[str, float, list[str] | None]] = [
         ("sanity", 150, None),
         ("sanity-warm", 40, None),
         (
             "startup-precast",
-            170,
-            [*startup, "--ways", "precast", "eager", "--layers", "32", "4"]
-            + ["--repeats", "3", "--timeout", "110"],
+            200,
+            [*startup, "--ways", "precast", "eager", "--layers", "32", "4", "--repeats", "2"]
+            + ["--timeout", "120"],
         ),
         ("llama", 100, None),
         ("llama-warm", 45, None),
+        ("call", 170, [*call, "--rounds", "60", "--cache", str(caches / "precast-cold")]),
         ("bert", 90, None),
         ("bert-warm", 45, None),
-        ("call", 170, [*call, "--rounds", "60", "--cache", str(scratch / "call")]),
         (
             "startup-compile",
             200,
@@ -463,6 +495,7 @@ def main() -> int:
             + ["--timeout", "130"],
         ),
     ]
+    (caches / "precast-cold").mkdir(parents=True)
     try:
         for name, limit_s, command in plan:
             if options.only and name not in options.only:
@@ -471,14 +504,13 @@ def main() -> int:
             if left < 20:
                 report.add({"step": name, "seconds": 0.0, "outcome": "left out: no time"})
                 continue
-            limit_s = min(limit_s, left)
+            limit = min(limit_s, left)
             try:
                 if command is None:
                     cache = scratch / name.removesuffix("-warm")
-                    step = run_python_step(name, cache, environment, limit_s)
+                    step = run_python_step(name, cache, environment, limit)
                 else:
-                    (scratch / "call").mkdir(exist_ok=True)
-                    step = run_benchmark_step(name, command, environment, limit_s, report)
+                    step = run_benchmark_step(name, command, environment, limit, report)
             except Exception:
                 step = {"step": name, "seconds": 0.0, "outcome": "FAILED"}
                 step["error"] = traceback.format_exc(limit=-4)

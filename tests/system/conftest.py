@@ -20,6 +20,7 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Tests that change it take a copy.
     """
     import torch
+
     from system.models import compiled, make_plain, names
 
     folder = tmp_path_factory.mktemp("real-cache")

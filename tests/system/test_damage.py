@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from system.models import Filed, assert_same, compiled, eager, make_net, make_plain, names
 
-from precast.events import ArtifactPublished, ArtifactQuarantined, AssemblyRejected, Event, TierFailed
+from precast.events import (
+    ArtifactPublished,
+    ArtifactQuarantined,
+    AssemblyRejected,
+    Event,
+    TierFailed,
+)
 from precast.testing import every_fault
+from system.models import Filed, assert_same, compiled, eager, make_net, make_plain, names
 
 INPUTS = torch.linspace(-2, 2, 24).reshape(3, 8)
 
@@ -114,26 +120,27 @@ def test_a_damaged_assembly(damage: Callable[[Path], None], cache: Path) -> None
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_blob(damage: Callable[[Path], None], cache: Path) -> None:
-    """It is never opened. What it was is compiled again, and the next start is warm."""
+    """It is never opened. Where nothing may be compiled the model runs eager, and says so."""
     for path in blobs(cache):
         damage(path)
+    events = start(cache, "filed", mode="cache_only")
+    aside = [event for event in events if isinstance(event, ArtifactQuarantined)]
+    assert aside[0].reason.code == "artifact-corrupt"
+    assert Path(aside[0].path).exists()
+    assert any(isinstance(event, AssemblyRejected) for event in events)
+    assert "FellBack" in names(events)
+    assert "PieceCompiled" not in names(events)
+
+
+def test_a_damaged_blob_is_compiled_again(cache: Path) -> None:
+    """And the next start is warm."""
+    for path in blobs(cache):
+        flip_a_bit(path)
     events = start(cache, "filed")
-    assert [e.reason.code for e in events if isinstance(e, ArtifactQuarantined)][:1] == [
-        "artifact-corrupt"
-    ]
+    assert any(isinstance(event, ArtifactQuarantined) for event in events)
     assert any(isinstance(event, AssemblyRejected) for event in events)
     assert "PieceCompiled" in names(events)
     assert is_warm(start(cache, "filed"))
-
-
-def test_a_damaged_blob_where_nothing_may_be_compiled(cache: Path) -> None:
-    """`cache_only` runs eager then, and says so."""
-    for path in blobs(cache):
-        flip_a_bit(path)
-    events = start(cache, "filed", mode="cache_only")
-    assert "ArtifactQuarantined" in names(events)
-    assert "FellBack" in names(events)
-    assert "PieceCompiled" not in names(events)
 
 
 def test_a_missing_blob(cache: Path) -> None:
@@ -146,11 +153,10 @@ def test_a_missing_blob(cache: Path) -> None:
     assert is_warm(start(cache, "filed"))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_all_is_damaged(damage: Callable[[Path], None], cache: Path) -> None:
+def test_all_is_damaged(cache: Path) -> None:
     """Every file there is."""
     for path in [path for path in cache.rglob("*") if path.is_file()]:
-        damage(path)
+        truncate(path)
     events = start(cache, "filed")
     assert "ArtifactQuarantined" in names(events)
     assert is_warm(start(cache, "filed"))
@@ -158,12 +164,10 @@ def test_all_is_damaged(damage: Callable[[Path], None], cache: Path) -> None:
 
 def test_an_assembly_of_a_damaged_code(cache: Path) -> None:
     """Sound bytes that hold no sense: refused with a reason, and replaced."""
-    import json
-
-    from precast.cache.manifest import complete_payload, encode_manifest
+    from precast.cache.manifest import complete_payload, decode_manifest, encode_manifest
 
     [path] = manifests(cache, "assembly")
-    whole = json.loads(path.read_bytes())
+    whole = decode_manifest(path.stem, path.read_bytes(), "test")
     for name in ("call_check", "contract", "entry", "execution", "slots", "pieces"):
         for value in ({}, None, "text", [[9, "no such piece"]]):
             start_over = cache.parent / f"{name}-{value!s:.4}".replace("[", "-")
@@ -198,8 +202,8 @@ def test_a_disk_that_is_full_at_any_moment(tmp_path: Path) -> None:
             failures = [event for event in events if isinstance(event, TierFailed)]
             assert failures
             assert "No space left" in failures[0].reason.message
-        start_small(folder)
-        assert is_warm(start_small(folder))
+        if not is_warm(start_small(folder)):
+            assert is_warm(start_small(folder))
 
 
 _FULL = """
@@ -228,12 +232,18 @@ def test_a_disk_that_the_kernel_calls_full(tmp_path: Path, run_python: Any) -> N
     assert is_warm(start_small(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("where", ["below a file", "/proc/precast", "a file", "/dev/null/cache"])
-@pytest.mark.parametrize("compiler", ["eager", "filed"])
+@pytest.mark.parametrize(
+    ("where", "compiler"),
+    [
+        ("below a file", "eager"),
+        ("below a file", "filed"),  # A worker takes seconds to start: one such place will do.
+        ("a file", "eager"),
+        ("/proc/precast", "eager"),
+        ("/dev/null/cache", "eager"),
+    ],
+)
 def test_an_impossible_directory(where: str, compiler: str, tmp_path: Path) -> None:
     """What cannot be kept on disk is kept in memory, as long as the process lives."""
-    if compiler == "filed" and where != "below a file":
-        pytest.skip("a worker takes seconds to start; one such place will do")
     (tmp_path / "file").touch()
     folder = {"below a file": tmp_path / "file" / "cache", "a file": tmp_path / "file"}.get(
         where, Path(where)

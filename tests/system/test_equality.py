@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from system.models import assert_same, compiled, eager, make_net, make_plain, names
 from torch import nn
+
+from system.models import assert_same, compiled, eager, make_net, make_plain, names
 
 SIZES = (1, 2, 3, 17, 64, 0)  # 64 is the bound that `test_sizes_within_a_bound` sets.
 
@@ -477,7 +478,7 @@ def test_a_wrong_call_raises_what_eager_raises(wrong: Any, tmp_path: Path) -> No
     x = torch.ones(3, 8)
     with torch.no_grad():
         for _ in range(2):
-            with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever eager raises.
+            with pytest.raises(Exception) as expected:
                 eager(model, *args, **kwargs)
             with pytest.raises(expected.type):
                 model(*args, **kwargs)

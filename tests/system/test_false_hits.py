@@ -24,6 +24,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precast import api, contract
+from precast.capture import dynamo
 from system import models
 from system.models import (
     Block,
@@ -38,12 +44,6 @@ from system.models import (
     other_helper,
     scaled,
 )
-from torch import nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from precast import api, contract
-from precast.capture import dynamo
 
 INPUTS = torch.linspace(-2, 2, 24).reshape(3, 8)
 
@@ -253,9 +253,7 @@ def test_another_model_of_the_class(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_another_model_would_be_taken_for_it(
-    name: str, tmp_path: Path, replaced: Replaced
-) -> None:
+def test_another_model_would_be_taken_for_it(name: str, tmp_path: Path, replaced: Replaced) -> None:
     """Without the check the output is wrong."""
     first, second, off = VARIANTS[name]
     for turn_off in off:
@@ -542,7 +540,10 @@ CHANGES: dict[str, tuple[Callable[[Net, Replaced], None], list[Off] | str]] = {
     "data": (change_data, NO_WEIGHT),
     "in place": (change_in_place, NO_WEIGHT),
     "buffer": (change_buffer, NO_WEIGHT),
-    "buffer's dtype": (change_buffer_dtype, "the code of the pieces as text promotes as eager does"),
+    "buffer's dtype": (
+        change_buffer_dtype,
+        "the code of the pieces as text promotes as eager does",
+    ),
     "module": (change_module, [VALUES]),
     "module appended": (change_appended_module, [without_fingerprint, VALUES]),
     "module deleted": (change_deleted_module, BY_TORCH),
@@ -652,10 +653,10 @@ def is_current(model: Any) -> bool:
     return bool(model._compiled_call_impl.loaded[0].bound.is_current())
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if not isinstance(CHANGES[name][1], str)])
-def test_it_would_be_missed_before_the_start(
-    name: str, tmp_path: Path, replaced: Replaced
-) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in CHANGES if not isinstance(CHANGES[name][1], str)]
+)
+def test_it_would_be_missed_before_the_start(name: str, tmp_path: Path, replaced: Replaced) -> None:
     """Without the check the output is wrong."""
     change, off = CHANGES[name]
     for turn_off in off:

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from system.conftest import ROOT
-from system.models import assert_same, compiled, eager, make_net, make_plain, names
 
 import precast
+from system.conftest import ROOT
+from system.models import assert_same, compiled, eager, make_net, make_plain, names
 
 INPUTS = torch.linspace(-2, 2, 24).reshape(3, 8)
 
@@ -112,7 +112,12 @@ def test_two_processes_cold_on_one_directory(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _COLD, *map(str, (tmp_path / "cache", tmp_path / one, tmp_path / other))],
+            [
+                sys.executable,
+                "-c",
+                _COLD,
+                *map(str, (tmp_path / "cache", tmp_path / one, tmp_path / other)),
+            ],
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,

@@ -150,6 +150,12 @@ def _steps(tree: ast.expr, expression: str) -> Path:
             return (*_steps(base, expression), ("t", None))
         case ast.Call(func=ast.Name(id="len"), args=[base], keywords=[]):
             return (*_steps(base, expression), ("n", None))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="object"), attr="__getattribute__"),
+            args=[base, ast.Constant(value=str(name))],
+        ):
+            # Past the class's own `__getattribute__`, as Dynamo reads what it traced through.
+            return (*_steps(base, expression), ("g", name))
         case ast.Call(func=ast.Name(id="dict"), args=[base], keywords=[]):
             return _steps(base, expression)  # Dynamo copies a class's dictionary to read it.
     raise Unrecordable(f"the place {expression!r}")
@@ -240,6 +246,7 @@ class CallCheckWriter:
             name = f"v{len(self._names)}_"
             read = {
                 "a": f"{base}.{key}",
+                "g": f"object.__getattribute__({base}, {key!r})",
                 "i": f"{base}[{key!r}]",
                 "k": f"[*{base}][{key}]",
                 "v": f"[*dict.values({base})][{key}]",
@@ -572,6 +579,7 @@ def readable(path: Path) -> str:
     for step, key in path[1:]:
         forms = {
             "a": f"{text}.{key}",
+            "g": f"{text}.{key}",
             "i": f"{text}[{key!r}]",
             "k": f"list({text})[{key}]",
             "v": f"list({text}.values())[{key}]",
