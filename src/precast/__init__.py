@@ -46,9 +46,18 @@ def __getattr__(name: str) -> object:
     """Load a public name at its first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'precast' has no attribute {name!r}")
+    import gc
     from importlib import import_module
 
-    value = getattr(import_module(_HOME[name]), name)
+    # Making classes and functions sets the collector off; with torch's objects alive one full
+    # collection takes longer than all of a warm start.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        value = getattr(import_module(_HOME[name]), name)
+    finally:
+        if was_enabled:
+            gc.enable()
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""What comes out is what eager gives: values, dtypes, shapes, strides, aliases, and all that is written.
+"""What comes out is what eager gives: values, strides, aliases, and all that is written.
 
 Pieces run as text; capture, contract, stitching and the code around the graph are the real ones.
 Each case is called three times: compiled anew, again, and started warm from the cache.

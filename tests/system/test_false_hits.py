@@ -582,8 +582,8 @@ CHANGES: dict[str, tuple[Callable[[Net, Replaced], None], list[Off] | str]] = {
     "function mode": (change_function_mode, "pieces as text call no torch function that is seen"),
 }
 
-#: Changes of the process: the pieces as text follow them by themselves, so that a wrong hit shows in
-#: the events and not in the output.
+#: Changes of the process: the pieces as text follow them by themselves, so that a wrong hit shows
+#: in the events and not in the output.
 STATES: dict[str, Callable[[Net, Replaced], None]] = {
     "autocast": change_autocast,
     "precision": change_precision,
@@ -612,7 +612,7 @@ def test_changed_before_the_start(name: str, warm_cache: Path, replaced: Replace
         assert "AssemblyLoaded" not in names(events)
 
 
-#: What a running model does not notice, for a check at each call would cost too much there. The next
+#: What a running model does not notice, for a check at each call would cost too much. The next
 #: start does, and so does a running model when it looks again for another reason.
 UNWATCHED = {
     "class of a layer": "`type` of every module at every call",
@@ -995,7 +995,7 @@ class Doubled(torch.Tensor):
 
 @pytest.mark.parametrize("name", _inputs_of_kinds())
 def test_another_kind_of_input(name: str, tmp_path: Path) -> None:
-    """Code for one kind of input does not serve another one, in the same process and a later one."""
+    """Code for one kind of input does not serve another one, in this process and a later one."""
     inputs = _inputs_of_kinds()[name]
     start_cold(make_net(), tmp_path, INPUTS)
     for _ in range(2):

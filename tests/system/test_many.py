@@ -107,6 +107,9 @@ with torch.no_grad():
 """
 
 
+_ORDERS = (("cache", "a", "b"), ("cache", "b", "a"))
+
+
 def test_two_processes_cold_on_one_directory(tmp_path: Path) -> None:
     """Both come out right, nothing is set aside, and the next start is warm."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
@@ -116,13 +119,13 @@ def test_two_processes_cold_on_one_directory(tmp_path: Path) -> None:
                 sys.executable,
                 "-c",
                 _COLD,
-                *map(str, (tmp_path / "cache", tmp_path / one, tmp_path / other)),
+                *map(str, paths),
             ],
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for one, other in (("a", "b"), ("b", "a"))
+        for paths in ([tmp_path / name for name in order] for order in _ORDERS)
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -154,7 +157,7 @@ def test_copies(how: str, tmp_path: Path) -> None:
         assert_same(model(INPUTS), eager(model, INPUTS))
         assert not torch.equal(twin(INPUTS), model(INPUTS))
         assert precast.status(twin)["assemblies"] == []
-        twin, events = compiled(twin, tmp_path / "cache")
+        twin, _ = compiled(twin, tmp_path / "cache")
         assert_same(twin(INPUTS), eager(twin, INPUTS))
         precast.release(twin)
         assert_same(model(INPUTS), eager(model, INPUTS))

@@ -47,7 +47,7 @@ def test_a_warm_process_imports_no_compiler(real_cache: Path, run_python: Any) -
 
 
 def test_a_warm_process_traces_nothing(tmp_path: Path, run_python: Any) -> None:
-    """Also where every piece is text: then reading it imports what it needs, but nothing is traced."""
+    """Also where every piece is text: reading it imports more, but traces nothing."""
     run_python(_PROGRAM, tmp_path / "cache", "net")
     happened, _ = run_python(_PROGRAM, tmp_path / "cache", "net").splitlines()
     assert happened.split() == ["CacheHit", "AssemblyLoaded", "ModelReady"]

@@ -169,7 +169,7 @@ class Capture:
             )
         for symbol, bounds in narrowed.items():
             path, dim = self.symbol_places[symbol]
-            size = f"{writer.shape(writer.place(path))}[{dim}]"
+            size = writer.size(writer.place(path), dim)
             meaning = f"size {dim} of {readable(path)} is in {bounds}, for which code was compiled"
             if bounds.high is None:
                 writer.require(f"{bounds.low} <= {size}", meaning)

@@ -218,7 +218,8 @@ class CallCheckWriter:
         self._lines: list[str] = []
         self._names: dict[Path, str] = {}
         self._seen: set[str] = set()
-        self.shaped: set[str] = set()
+        self.ranks: dict[str, int] = {}  # Of the tensors whose sizes are names.
+        self.contiguous: set[str] = set()  # Tensors that are required to be so.
         self.conditions: list[str] = ["everything holds"]
         self.constants: dict[str, Any] = {}
         self._constant_names: dict[str, str] = {}
@@ -264,12 +265,21 @@ class CallCheckWriter:
         self.conditions.append(meaning)
         self._lines.append(f"if not ({condition}): return {len(self.conditions) - 1}")
 
-    def shape(self, name: str) -> str:
-        """Return the name that holds a tensor's shape, reading it on first use."""
-        if name not in self.shaped:
-            self.shaped.add(name)
-            self._lines.append(f"{name}shape = {name}.shape")
-        return f"{name}shape"
+    def unpack(self, name: str, rank: int) -> None:
+        """Read a tensor's sizes into names of their own, once; another rank fails the check."""
+        if name in self.ranks:
+            return
+        self.ranks[name] = rank
+        if rank:
+            # A local is read ten times faster than an item of `torch.Size`.
+            sizes = "".join(f"{self.size(name, dim)}, " for dim in range(rank))
+            self._lines.append(f"{sizes.rstrip()} = {name}.shape")
+        else:
+            self.require(f"not {name}.shape", f"{name} has no dimension")
+
+    def size(self, name: str, dim: int) -> str:
+        """Return the text that reads one size of a tensor."""
+        return f"{name}size{dim}" if name in self.ranks else f"{name}.shape[{dim}]"
 
     def source(self, function: types.FunctionType) -> str:
         """Return the function as Python source."""
@@ -498,7 +508,10 @@ class GuardRecorder:
             tree = ast.parse(condition, mode="eval")
         except SyntaxError as error:
             raise Unrecordable(f"the relation {condition!r}") from error
-        rewritten = ast.unparse(_Localise(self).visit(tree))
+        localise = _Localise(self)
+        rewritten = ast.unparse(localise.visit(tree))
+        if localise.strided and self.writer.contiguous.issuperset(localise.strided):
+            return  # It follows from their being contiguous, as they were when it was written.
         self.writer.require(rewritten, _plain(condition))
 
 
@@ -507,6 +520,7 @@ class _Localise(ast.NodeTransformer):
 
     def __init__(self, recorder: GuardRecorder) -> None:
         self._recorder = recorder
+        self.strided: list[str] = []  # Tensors whose strides were read.
 
     def visit(self, node: ast.AST) -> Any:
         match node:
@@ -515,10 +529,11 @@ class _Localise(ast.NodeTransformer):
                 slice=ast.Constant(value=int(dim)),
             ):
                 name = self._place(tensor)
-                text = f"{name}.shape[{dim}]" if what == "size" else f"{name}.stride({dim})"
-                if what == "size" and name in self._recorder.writer.shaped:
-                    text = f"{name}shape[{dim}]"
-                return ast.parse(text, mode="eval").body
+                writer = self._recorder.writer
+                if what == "size":
+                    return ast.parse(writer.size(name, dim), mode="eval").body
+                self.strided.append(name)
+                return ast.parse(f"{name}.stride({dim})", mode="eval").body
             case ast.Attribute() | ast.Subscript():
                 try:
                     return ast.Name(id=self._place(node), ctx=ast.Load())
@@ -614,30 +629,42 @@ def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any)
     writer.require(f"{name}.{on_device}", f"{meaning} is on {device.type}")
     if device.index is not None:
         writer.require(f"{name}.get_device() == {device.index}", f"{meaning} is on {device}")
-    shape_name = writer.shape(name)
-    writer.require(f"len({shape_name}) == {len(shape)}", f"{meaning} has {len(shape)} dimensions")
+    writer.unpack(name, len(shape))
     for dim, size in enumerate(shape):
-        if _as_int(size) is not None:
+        known = _as_int(size)
+        if known is not None:
             writer.require(
-                f"{shape_name}[{dim}] == {_as_int(size)}",
-                f"size {dim} of {meaning} is {_as_int(size)}",
+                f"{writer.size(name, dim)} == {known}", f"size {dim} of {meaning} is {known}"
             )
-    static = [
-        (dim, _as_int(step))
-        for dim, step in enumerate(stride)
-        if _as_int(step) is not None and _as_int(shape[dim]) != 1
-    ]
-    if len(static) == len(stride) and static:
-        text = repr(tuple(step for _, step in static))
-        writer.require(f"{name}.stride() == {text}", f"{meaning} has the strides {text}")
+    if _is_contiguous(shape, stride):
+        writer.contiguous.add(name)
+        writer.require(f"{name}.is_contiguous()", f"{meaning} is contiguous")
     else:
-        for dim, step in static:
-            writer.require(
-                f"{name}.stride({dim}) == {step}", f"stride {dim} of {meaning} is {step}"
-            )
+        for dim, step in enumerate(stride):
+            known = _as_int(step)
+            if known is not None and _as_int(shape[dim]) != 1:
+                writer.require(
+                    f"{name}.stride({dim}) == {known}", f"stride {dim} of {meaning} is {known}"
+                )
     if device.type != "cpu":
         # Inductor's GPU kernels assume 16 bytes (torch/_inductor/utils.py, GPU_ALIGN_BYTES).
         writer.require(f"not {name}.data_ptr() % 16", f"{meaning} is aligned to 16 bytes")
+
+
+def _is_contiguous(shape: Sequence[Any], stride: Sequence[Any]) -> bool:
+    """Whether strides are those of a contiguous tensor for every size that its symbols may take."""
+    expected: Any = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if _as_int(size) != 1 and _expression(step) != expected:
+            return False
+        expected = expected * _expression(size)
+    return True
+
+
+def _expression(size: Any) -> Any:
+    """A size as a number or a sympy expression; comparing two never adds a guard."""
+    known = _as_int(size)
+    return known if known is not None else size.node.shape_env.simplify(size.node.expr)
 
 
 def _as_int(size: Any) -> int | None:
