@@ -425,7 +425,8 @@ def render(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         lines.append(
             f"| {way} | {layers} | {m['start_s'] * 1e3:.1f} | {m['least_start_s'] * 1e3:.1f} "
             f"| {m['start_cpu_s'] * 1e3:.1f} "
-            f"| {m['first_output_s'] * 1e3:.1f} | {m['call_s'] * 1e3:.2f} | {m['eager_s'] * 1e3:.2f} "
+            f"| {m['first_output_s'] * 1e3:.1f} | {m['call_s'] * 1e3:.2f} "
+            f"| {m['eager_s'] * 1e3:.2f} "
             f"| {m.get('forced_import_s', 0.0):.1f} | {m['rss_mb']:.0f} "
             f"| {m.get('compiled_pieces', m.get('unique_pieces', ''))} | {steps} "
             f"| {m['largest_difference']:.1e} |"

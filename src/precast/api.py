@@ -474,12 +474,12 @@ class CompiledModel:
         def run() -> None:
             if called_off.wait(REVALIDATION_DELAY_S):
                 return
-            from precast.background.revalidate import CannotRevalidate, ask_child
+            from precast.background.revalidate import CannotRevalidateError, ask_child
 
             started = time.perf_counter()
             try:
                 texts = ask_child(request, called_off)
-            except CannotRevalidate as problem:
+            except CannotRevalidateError as problem:
                 self.not_revalidated = str(problem)
                 return
             if not called_off.is_set():

@@ -228,10 +228,10 @@ def tensor_spec(tensor: Any) -> list[Any]:
 class Contract:
     """Everything that must hold for an assembly to be right, as plain data.
 
-    `nodes` is a table of places: `[parent, step, key]`, where step is "a" (attribute), "g" (attribute,
-    past the class's `__getattribute__`), "i" (item), "k" (nth key), "v" (nth value), "t" (type of) or "n" (length), and parent -1, -2
-    and -3 are the roots `L` (the function's bound locals: the model, closure cells), `G`
-    (globals) and `T` (a class).
+    `nodes` is a table of places: `[parent, step, key]`. Steps: "a" (attribute), "g" (attribute,
+    past the class's `__getattribute__`), "i" (item), "k" (nth key), "v" (nth value), "t" (type
+    of), "n" (length). Parents -1, -2 and -3 are the roots `L` (the function's bound locals: the
+    model, closure cells), `G` (globals) and `T` (a class).
     `checks` is a list of `[node, kind, payload]`. `weights` are the nodes of the tensors
     that the execution code gets bound, `specs` theirs. `hooks` names the sub-modules that
     had forward hooks when the model was captured.

@@ -316,9 +316,7 @@ class CompilerManager:
         )
         num_bytes = sum(Path(path).stat().st_size for path in done.files.values())
         self._emit(
-            PieceCompiled(
-                name, key.digest, compiler_name, done.seconds, num_bytes, done.worker_pid
-            )
+            PieceCompiled(name, key.digest, compiler_name, done.seconds, num_bytes, done.worker_pid)
         )
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))

@@ -15,10 +15,11 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 
-class CannotRevalidate(Exception):
+class CannotRevalidateError(Exception):
     """The model cannot be sent to another process; says why."""
 
 
@@ -31,18 +32,18 @@ def ask_child(request: dict[str, Any], called_off: threading.Event) -> set[str]:
         called_off: Set: the child is ended, and what comes back means nothing.
 
     Raises:
-        CannotRevalidate: The model cannot be sent, or cannot be captured there.
+        CannotRevalidateError: The model cannot be sent, or cannot be captured there.
     """
     try:
         return _ask(_skeleton(request), called_off)
     except (OSError, ValueError, KeyError) as error:
-        raise CannotRevalidate(f"{type(error).__name__}: {error}") from error
+        raise CannotRevalidateError(f"{type(error).__name__}: {error}") from error
 
 
 def _ask(data: bytes, called_off: threading.Event) -> set[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PRECAST_DISABLE": "1",
     }
     process = subprocess.Popen(
@@ -70,9 +71,9 @@ def _ask(data: bytes, called_off: threading.Event) -> set[str]:
         if line.startswith('{"precast"'):
             found = json.loads(line)["precast"]
             if "problem" in found:
-                raise CannotRevalidate(found["problem"])
+                raise CannotRevalidateError(found["problem"])
             return set(found["texts"])
-    raise CannotRevalidate(f"the child process ended with {process.returncode}")
+    raise CannotRevalidateError(f"the child process ended with {process.returncode}")
 
 
 # ---------------------------------------------------------------------------
@@ -85,10 +86,10 @@ class _SkeletonPickler(pickle.Pickler):
 
         if isinstance(value, torch.Tensor):
             if type(value) not in (torch.Tensor, torch.nn.Parameter):
-                raise CannotRevalidate(f"a tensor is a {type(value).__name__}")
+                raise CannotRevalidateError(f"a tensor is a {type(value).__name__}")
             if value.device.type != "cpu":
                 # An empty CPU tensor costs address space; on a GPU it would cost the model's size.
-                raise CannotRevalidate("tensors on a GPU are not copied for a second look")
+                raise CannotRevalidateError("tensors on a GPU are not copied for a second look")
             spec = (str(value.dtype), tuple(value.shape), tuple(value.stride()))
             is_parameter = isinstance(value, torch.nn.Parameter)
             return empty_tensor, (*spec, is_parameter, value.requires_grad)
@@ -111,12 +112,14 @@ def _skeleton(request: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     try:
         _SkeletonPickler(buffer).dump(request)
-    except CannotRevalidate:
+    except CannotRevalidateError:
         raise
     except Exception as error:
-        raise CannotRevalidate(f"it cannot be sent: {type(error).__name__}: {error}") from error
+        raise CannotRevalidateError(
+            f"it cannot be sent: {type(error).__name__}: {error}"
+        ) from error
     if b"__main__" in buffer.getvalue():
-        raise CannotRevalidate("a class is defined in the main script, which no child may run")
+        raise CannotRevalidateError("a class is defined in the main script, which no child may run")
     return buffer.getvalue()
 
 
@@ -156,7 +159,7 @@ def main() -> None:
         import torch
 
         # The parent's own bytes, straight from its pipe: never from a tier.
-        request = pickle.loads(data)  # noqa: S301
+        request = pickle.loads(data)
         with torch.inference_mode(request["is_inference"]), torch.no_grad():
             texts = texts_of(request)
         answer: dict[str, Any] = {"texts": texts}

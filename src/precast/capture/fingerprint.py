@@ -92,7 +92,8 @@ def like_example(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return a call's arguments with new tensors of the given shapes, of no particular values.
 
-    Nothing of the call is kept alive by them, and on a CPU their memory is never touched. None where that cannot be: another number of tensors, or strides that are not the plain ones.
+    Nothing of the call is kept alive by them, and on a CPU their memory is never touched. None
+    where that cannot be: another number of tensors, or strides that are not the plain ones.
     """
     remaining = list(shapes)
 
