@@ -295,6 +295,7 @@ class CompiledModel:
         """Bind a loaded assembly anew whose call check holds, where the model still fits."""
         for loaded in self.dispatcher.loaded:
             assert isinstance(loaded, LoadedAssembly)
+            loaded.follow_defaults(self.function)
             if loaded.why_not(args, kwargs) is not None:
                 continue
             bound = loaded.bind(self.function, self.owner)

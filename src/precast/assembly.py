@@ -141,6 +141,12 @@ class LoadedAssembly:
         """Whether a call writes into its arguments or the model."""
         return self.assembly.mutates
 
+    def follow_defaults(self, function: types.FunctionType) -> None:
+        """Let the call check bind arguments with the defaults that the function has now."""
+        check: Any = self.check
+        check.__defaults__ = function.__defaults__
+        check.__kwdefaults__ = function.__kwdefaults__
+
     def why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return the condition of the call check that a call does not meet; None: it meets all."""
         try:

@@ -455,6 +455,9 @@ def _bind(
             raise Mismatch(f"the source file of {name} has changed")
 
     values = _evaluate(contract, function, owner, places)
+    for name in ("__defaults__", "__kwdefaults__"):
+        if getattr(function, name):  # The call check and the entry code have them too.
+            places.append((_Attributes(function), name, getattr(function, name)))
     sized: list[Any] = []
     if isinstance(owner, torch.nn.Module):
         # Another `forward`, of the class or of the object alone, is another model.

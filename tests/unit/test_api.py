@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,3 +299,24 @@ def test_disabled_means_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes(model) == ["disabled"]
     assert precast.wait(model)
     precast.release(model)
+
+
+def test_a_changed_default_of_a_served_function_is_noticed(tmp_path: Path) -> None:
+    """
+    Python reads a function's defaults at each call, so compiled code has to as well.
+    """
+
+    def scaled(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return x * factor
+
+    call = precast.compile(
+        scaled, compiler="eager", cache_dir=tmp_path, progress=False, revalidate="never"
+    )
+    x = torch.ones(3)
+    with torch.no_grad():
+        before = call(x)
+        scaled.__defaults__ = (3.0,)
+        after = call(x)
+
+    assert torch.equal(before, x)
+    assert torch.equal(after, 3.0 * x)

@@ -141,16 +141,38 @@ def fake_inputs(piece: Piece) -> tuple[Any, list[Any], dict[str, Any]]:
     return mode, inputs, symbols
 
 
-def random_inputs(piece: Piece, sizes: Mapping[str, int], seed: int) -> list[torch.Tensor]:
+def random_inputs(
+    piece: Piece,
+    sizes: Mapping[str, int],
+    seed: int,
+    known: dict[int, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """Return inputs as the specs say at the given sizes: same shapes, strides, dtypes, device.
 
     Floats are normal with deviation 0.5, integers 0 or 1 (so that any of them is a valid index),
-    booleans fair.
+    booleans fair. Made where they live: a layer's weights are hundreds of millions of numbers.
+
+    Args:
+        piece: Whose inputs.
+        sizes: A size for each symbol.
+        seed: Of the numbers.
+        known: Inputs of fixed shape by position, taken from and put there; so that weights are
+            made once for many sizes. They must not be written into.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    return [_random_tensor(spec, sizes, generator) for spec in piece.inputs]
+    generators: dict[str, torch.Generator] = {}
+    inputs = []
+    for position, spec in enumerate(piece.inputs):
+        if known is not None and position in known:
+            inputs.append(known[position])
+            continue
+        if spec.device not in generators:
+            generators[spec.device] = torch.Generator(spec.device).manual_seed(seed)
+        inputs.append(_random_tensor(spec, sizes, generators[spec.device]))
+        if known is not None and all(isinstance(n, int) for n in (*spec.shape, *spec.stride)):
+            known[position] = inputs[-1]
+    return inputs
 
 
 def edge_sizes(piece: Piece) -> list[dict[str, int]]:
@@ -408,10 +430,11 @@ def _random_tensor(
     last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     num_elements = 0 if 0 in shape else last + 1
     dtype = dtype_of(spec.dtype)
+    where: dict[str, Any] = {"generator": generator, "device": spec.device}
     if dtype.is_complex:
-        storage = torch.randn(num_elements, generator=generator, dtype=torch.complex64) * 0.5
+        storage = torch.randn(num_elements, dtype=torch.complex64, **where) * 0.5
     elif dtype.is_floating_point:
-        storage = torch.randn(num_elements, generator=generator) * 0.5
+        storage = torch.randn(num_elements, **where).mul_(0.5)
     else:
-        storage = torch.randint(0, 2, (num_elements,), generator=generator)
-    return storage.to(dtype).to(spec.device).as_strided(shape, stride)
+        storage = torch.randint(0, 2, (num_elements,), **where)
+    return storage.to(dtype).as_strided(shape, stride)

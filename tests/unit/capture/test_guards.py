@@ -153,3 +153,12 @@ def test_one_object_at_two_places_is_not_apart() -> None:
     x = torch.zeros(4)
 
     assert not are_apart((x,), (x, x))
+
+
+def test_a_place_read_past_a_class_s_own_getattribute_is_a_place() -> None:
+    """
+    torch 2.11 writes attributes of objects with a `__getattribute__` of their own in this form.
+    """
+    path = parse_place("object.__getattribute__(L['self'].config, '__dict__')['eps']")
+
+    assert path == (("L", "self"), ("a", "config"), ("g", "__dict__"), ("i", "eps"))
