@@ -265,17 +265,23 @@ class CallCheckWriter:
         self.conditions.append(meaning)
         self._lines.append(f"if not ({condition}): return {len(self.conditions) - 1}")
 
-    def unpack(self, name: str, rank: int) -> None:
+    def unpack(self, name: str, rank: int, meaning: str) -> None:
         """Read a tensor's sizes into names of their own, once; another rank fails the check."""
         if name in self.ranks:
             return
         self.ranks[name] = rank
-        if rank:
-            # A local is read ten times faster than an item of `torch.Size`.
-            sizes = "".join(f"{self.size(name, dim)}, " for dim in range(rank))
-            self._lines.append(f"{sizes.rstrip()} = {name}.shape")
-        else:
-            self.require(f"not {name}.shape", f"{name} has no dimension")
+        if not rank:
+            self.require(f"not {name}.shape", meaning)
+            return
+        # A local is read ten times faster than an item of `torch.Size`, and `try` costs nothing.
+        sizes = "".join(f"{self.size(name, dim)}, " for dim in range(rank)).rstrip()
+        self.conditions.append(meaning)
+        self._lines += [
+            "try:",
+            f"    {sizes} = {name}.shape",
+            "except ValueError:",
+            f"    return {len(self.conditions) - 1}",
+        ]
 
     def size(self, name: str, dim: int) -> str:
         """Return the text that reads one size of a tensor."""
@@ -629,7 +635,7 @@ def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any)
     writer.require(f"{name}.{on_device}", f"{meaning} is on {device.type}")
     if device.index is not None:
         writer.require(f"{name}.get_device() == {device.index}", f"{meaning} is on {device}")
-    writer.unpack(name, len(shape))
+    writer.unpack(name, len(shape), f"{meaning} has {len(shape)} dimensions")
     for dim, size in enumerate(shape):
         known = _as_int(size)
         if known is not None:
