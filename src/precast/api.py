@@ -960,11 +960,13 @@ def compile(
         return function
     compiled = CompiledModel(function, None, session)
 
+    serve = compiled.dispatcher.forward
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)  # A part of what someone else captures.
-        return compiled.dispatcher.forward(*args, **kwargs)
+        return serve(*args, **kwargs)
 
     call.__precast__ = compiled  # type: ignore[attr-defined]
     return call
