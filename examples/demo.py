@@ -87,6 +87,8 @@ def show_all(models: list[str], scratch: str, environment: dict[str, str], compi
             "compiling here.",
             style="green",
         )
+    elif options.fresh:
+        say("That cache was for this run alone. Without --fresh, a second run is warm.")
     else:
         say("Run it again: it is then warm from the beginning.")
     for problem in problems:
