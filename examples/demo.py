@@ -62,11 +62,22 @@ def main() -> int:
         if options.fresh:
             environment["PRECAST_CACHE_DIR"] = f"{scratch}/cache"
         return show_all(
-            [options.only] if options.only else list(TITLES), scratch, environment, options.compiler
+            [options.only] if options.only else list(TITLES),
+            scratch,
+            environment,
+            options.compiler,
+            is_kept=not options.fresh,
         )
 
 
-def show_all(models: list[str], scratch: str, environment: dict[str, str], compiler: str) -> int:
+def show_all(
+    models: list[str],
+    scratch: str,
+    environment: dict[str, str],
+    compiler: str,
+    *,
+    is_kept: bool,
+) -> int:
     problems: list[str] = []
     saved, num_warm = 0.0, 0
     for model in models:
@@ -87,7 +98,7 @@ def show_all(models: list[str], scratch: str, environment: dict[str, str], compi
             "compiling here.",
             style="green",
         )
-    elif options.fresh:
+    elif not is_kept:
         say("That cache was for this run alone. Without --fresh, a second run is warm.")
     else:
         say("Run it again: it is then warm from the beginning.")
