@@ -310,13 +310,14 @@ class CompiledModel:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str
     ) -> LoadedAssembly | None:
         started = time.perf_counter()
-        key = self._assembly_key(signature)
+        device = self._device(signature)
+        key = self._assembly_key(signature, device)
         # A large assembly is thousands of small lists, and one full collection, over everything
         # that torch holds, takes longer than the whole start.
         is_collecting = gc.isenabled()
         gc.disable()
         try:
-            loaded = self._load(key, args, kwargs, started)
+            loaded = self._load(key, device, args, kwargs, started)
         finally:
             if is_collecting:
                 gc.collect(0)  # Only what is new, or the full collection follows right away.
@@ -359,11 +360,11 @@ class CompiledModel:
             self._fall_back(signature, CaptureError(self.session.name, _in_words(error)))
         return None
 
-    def _assembly_key(self, signature: str) -> str:
+    def _assembly_key(self, signature: str, device: str) -> str:
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.function, self.owner)
         settings = _plain_settings(self.session.config.key_settings())
-        hasher = self.session.hasher(self._device(signature))
+        hasher = self.session.hasher(device)
         return hasher.assembly_key(self._fingerprint, signature, settings).digest
 
     def _device(self, signature: str) -> str:
@@ -383,7 +384,7 @@ class CompiledModel:
     # -- warm -----------------------------------------------------------------
 
     def _load(
-        self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
+        self, key: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
         """Find a stored assembly for this call."""
         known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
@@ -413,7 +414,7 @@ class CompiledModel:
                 self.session.emit(AssemblyRejected(self.session.name, candidate, bound))
                 continue
             loaded.bound = bound
-            if self._is_disproved(loaded, args, kwargs):
+            if self._is_disproved(loaded, device, args, kwargs):
                 continue
             self._install(loaded, started, is_warm=True)
             return loaded
@@ -422,14 +423,13 @@ class CompiledModel:
     # -- a second look at a warm start -------------------------------------------
 
     def _is_disproved(
-        self, loaded: LoadedAssembly, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, loaded: LoadedAssembly, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Trace again as the settings say; True where that shows the assembly to be wrong now."""
         when = self.session.config.revalidate
         if when == "never" or self.is_block:
             return False
-        signature = call_signature(args[self._num_owners :], kwargs)
-        if when == "background" and self._device(signature) != "cpu":
+        if when == "background" and device != "cpu":
             self.not_revalidated = "a second look would take the model's size again on the GPU"
             return False
         request = self._revalidation_request(loaded, args[self._num_owners :], kwargs)

@@ -135,6 +135,7 @@ def cut_and_write(
     Raises:
         SplitError: The graph cannot be cut.
     """
+    from precast.split.build import build_stitch
     from precast.split.clean import clean_graph
     from precast.split.plan import make_plan
 
@@ -145,7 +146,7 @@ def cut_and_write(
     refused: dict[str, str] = {}
     while True:
         plan = make_plan(graph_module, _WithNative(rule, refused))
-        stitched = _build(graph_module, plan, weights)
+        stitched = build_stitch(graph_module, plan, weights)
         written, problems = _write_all(stitched, ranges, autocasts)
         if not problems:
             return stitched, written, plan.rule
@@ -215,12 +216,6 @@ def _choose_rule(graph_module: torch.fx.GraphModule, config: CompilationConfig) 
     return (
         load_plugin("splitters", config.split)() if isinstance(config.split, str) else config.split
     )
-
-
-def _build(graph_module: torch.fx.GraphModule, plan: Any, weights: Sequence[str]) -> StitchGraph:
-    from precast.split.build import build_stitch
-
-    return build_stitch(graph_module, plan, weights)
 
 
 def _read_sizes(

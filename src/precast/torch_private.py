@@ -15,15 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-def torch_version() -> tuple[int, int]:
-    """Return torch's version as (major, minor)."""
-    import torch
-
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 # --- Symbolic sizes.
 
 
