@@ -56,6 +56,9 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     small = torch.ones(8, 8, device=options.device, dtype=dtype)
     (small @ small).sum().item()
+    if options.awake:
+        with torch.inference_mode():
+            model(*inputs)
     gc.collect()  # What building the model owes the collector is not the start's to pay.
     result: dict[str, Any] = {"way": way, "layers": options.layers[0], "import_s": import_s}
     result["ready_rss_mb"] = peak_memory_mb()
@@ -218,6 +221,8 @@ def run_child(
         "tokens",
     ):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.awake:
+        command.append("--awake")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(
             str(Path(entry).absolute())
@@ -477,6 +482,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="one cache for all depths: only the first depth's cold start is one",
     )
     parser.add_argument("--json", help="write everything there, after every step")
+    parser.add_argument(
+        "--awake",
+        action="store_true",
+        help="run one eager forward before the clock, so that no start pays for the device's "
+        "libraries and kernels",
+    )
     parser.add_argument("--quick", action="store_true", help="2 and 4 layers, no torch.compile")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
