@@ -1,7 +1,8 @@
 """A graph's way from capture to code that runs: clean, cut, write, compile, stitch.
 
 `build_model` is the way. `compile_traced` is it for a graph that Dynamo keeps guarding: there,
-every start traces, and only the pieces come from the cache.
+every start traces, and only the pieces come from the cache. `assemble` makes of the result what is
+stored.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from precast.assembly import Assembly
 from precast.contract import autocast_state
 from precast.errors import Reason
 from precast.events import Emit, FellBack, PlanMade
@@ -117,6 +119,37 @@ def build_model(
     emit(PlanMade(name, len(stitched.pieces), len(pieces), rule))
     results = manager.compile(pieces, names)
     return _stitch(stitched, written, unique, results, arguments, rule)
+
+
+def assemble(capture: Capture, built: BuiltModel, example: list[list[int]]) -> Assembly:
+    """Return all that a warm start needs of a captured and built model.
+
+    Args:
+        capture: Of a call, with a contract.
+        built: From its graph.
+        example: The shapes of the call's tensors.
+    """
+    from precast.capture.dynamo import native_digests
+    from precast.stitch import SerializableFunction
+
+    assert capture.contract is not None
+    capture.contract.code.extend(native_digests(built.execution.targets))
+    position = {name: i for i, name in enumerate(capture.weights)}
+    names = [slot.piece if slot is not None else "" for slot in built.slots.slots]
+    return Assembly(
+        call_check=capture.call_check(sorted(built.mutated), built.narrowed),
+        contract=capture.contract.to_json(),
+        entry=capture.entry.to_json(),
+        example=example,
+        execution=SerializableFunction(built.execution).to_json(),
+        groups=[[position[name] for name in group] for group in built.groups],
+        mutates=bool(built.mutated),
+        pieces=[result.record for result in built.results],
+        rest=[position[name] for name in built.rest],
+        seconds=sum(result.seconds for result in built.results),
+        slots=list(map(list, zip(built.slot_pieces, names, strict=True))),
+        texts=built.texts,
+    )
 
 
 def cut_and_write(

@@ -516,7 +516,7 @@ def _hook_dicts(owner: Any, allowed: list[str]) -> list[Any]:
     if any(found):
         raise Mismatch("a global forward hook is registered")
     for name, module in owner.named_modules():
-        # The model's own hooks are run around the compiled call, see `api`.
+        # The model's own hooks are run around the compiled call, see `runtime/dispatch`.
         if name:
             hooks = (module._forward_hooks, module._forward_pre_hooks)
             if any(hooks) != (name in allowed):

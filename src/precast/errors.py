@@ -280,3 +280,8 @@ class StoreError(PrecastError):
 
 def _ended(sentence: str) -> str:
     return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
+def in_words(error: BaseException) -> str:
+    """Return what an error says; that of an error from elsewhere after its class."""
+    return str(error) if isinstance(error, PrecastError) else f"{type(error).__name__}: {error}"

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precast import api, contract
+from precast import api, assembly, candidates, contract, serving
 from precast.capture import dynamo
 from system import models
 from system.models import (
@@ -126,7 +126,7 @@ def without_specs(replaced: Replaced) -> None:
 
 def without_fingerprint(replaced: Replaced) -> None:
     """All models have one structure."""
-    replaced.attribute(api, "model_fingerprint", lambda *_: "same")
+    replaced.attribute(serving, "model_fingerprint", lambda *_: "same")
 
 
 def without_attention(replaced: Replaced) -> None:
@@ -1008,15 +1008,16 @@ def test_another_kind_of_input(name: str, tmp_path: Path) -> None:
 
 def test_another_input_would_be_taken(tmp_path: Path, replaced: Replaced) -> None:
     """Without the call check code for one number of dimensions serves another one, or fails."""
-    replaced.attribute(api.LoadedAssembly, "why_not", lambda *_: None)
-    opened = api.open_assembly
+    replaced.attribute(assembly.LoadedAssembly, "why_not", lambda *_: None)
+    opened = assembly.open_assembly
 
     def without_check(*args: Any) -> Any:
         loaded = opened(*args)
         loaded.check = lambda *_, **__: 0
         return loaded
 
-    replaced.attribute(api, "open_assembly", without_check)
+    for module in (candidates, serving):
+        replaced.attribute(module, "open_assembly", without_check)
     function = torch.nn.functional.pad
 
     def padded(x: torch.Tensor, by: int) -> torch.Tensor:

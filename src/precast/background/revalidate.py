@@ -27,7 +27,7 @@ def ask_child(request: dict[str, Any], called_off: threading.Event) -> set[str]:
     """Trace a model again in a child process; return the digests of its pieces' texts.
 
     Args:
-        request: From `api`: `function` (None: the owner's `forward`), `owner`, `args`,
+        request: From `second_look`: `function` (None: the owner's `forward`), `owner`, `args`,
             `kwargs`, `config`, `is_inference`.
         called_off: Set: the child is ended, and what comes back means nothing.
 

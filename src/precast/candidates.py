@@ -1,0 +1,125 @@
+"""The stored assemblies that may serve a call: several may have one key.
+
+They are of one structure and signature, with other constants or other ranges of sizes. Which of
+them fits the model and the call at hand is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from types import FunctionType
+from typing import Any
+
+from precast.assembly import Assembly, LoadedAssembly, open_assembly
+from precast.errors import ArtifactError, Reason, in_words
+from precast.events import AssemblyRejected
+from precast.manager import eager_call
+from precast.runtime.slot import Slot, SlotTable
+from precast.session import Session
+
+_MOST_CANDIDATES = 8  # Of one key.
+
+
+class Candidates:
+    """What the cache has for one model."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._unsound: set[str] = set()
+
+    def sound(self, key: str, known: Set[str], function: FunctionType) -> Iterator[LoadedAssembly]:
+        """Load one stored assembly after the other, those that are not sound left out.
+
+        Args:
+            key: What all of them are stored for.
+            known: Names of those that are loaded already.
+            function: What they are to serve.
+        """
+        for number in range(_MOST_CANDIDATES):
+            candidate = f"{key}-{number}"
+            if candidate in known:
+                continue
+            manifest = self._session.loader.manifest(candidate)
+            if manifest is None:
+                return
+            try:
+                loaded = self._open(manifest, candidate, function)
+            except Exception as error:
+                if self._session.config.on_error == "raise" and not isinstance(
+                    error, ArtifactError | LookupError
+                ):
+                    raise
+                self._reject(candidate, in_words(error))
+                continue
+            if loaded is None:
+                self._reject(candidate, "an artifact of it is missing or damaged")
+                continue
+            yield loaded
+
+    def free_name(self, key: str, known: Set[str], assembly: Assembly) -> str:
+        """Return the first name that no sound other assembly has, or the last one to replace."""
+        for number in range(_MOST_CANDIDATES):
+            candidate = f"{key}-{number}"
+            if candidate in known:
+                continue
+            manifest = self._session.loader.manifest(candidate)
+            if manifest is None or candidate in self._unsound or _is_same(manifest, assembly):
+                return candidate
+        return f"{key}-{_MOST_CANDIDATES - 1}"
+
+    def _reject(self, key: str, problem: str) -> None:
+        self._unsound.add(key)
+        self._session.emit(
+            AssemblyRejected(
+                self._session.name,
+                key,
+                Reason(
+                    "artifact-incompatible",
+                    f"{problem}; the model is captured again",
+                    "nothing to do: a new assembly takes its place",
+                ),
+            )
+        )
+
+    def _open(
+        self, manifest: Mapping[str, Any], key: str, function: FunctionType
+    ) -> LoadedAssembly | None:
+        """Load the code of a stored assembly; None where an artifact is not sound."""
+        assembly = Assembly.from_json(manifest)
+        calls = []
+        for record in assembly.pieces:
+            if "eager" in record:
+                from precast.graph.piece import Piece
+
+                calls.append(eager_call(Piece.from_json(record["eager"])))
+                continue
+            call = self._session.manager.load(record, name=self._session.name)
+            if call is None:
+                return None
+            calls.append(call)
+        slots = SlotTable()
+        for number, name in assembly.slots:
+            if number is None:
+                slots.add(None, None)
+                continue
+            record = assembly.pieces[number]
+            slots.add(calls[number], _slot_of_record(name, record))
+        return open_assembly(assembly, key, slots, function)
+
+
+def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
+    """Whether a stored assembly asks for the same as another, which may then take its place."""
+    stored: Any = manifest.get("call_check")
+    return (
+        manifest.get("contract") == assembly.contract
+        and isinstance(stored, Mapping)
+        and stored.get("source") == assembly.call_check["source"]
+        and stored.get("constants") == assembly.call_check["constants"]
+    )
+
+
+def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
+    if "eager" in record:
+        reason = record["reason"]
+        return Slot(name, compiler="eager", reason=None if reason is None else Reason(**reason))
+    return Slot(name, compiler=record["compiler"], tier="cache", seconds_saved=record["seconds"])

@@ -1,0 +1,88 @@
+"""What is told of a compiled model: its state as plain data, and the events of a start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from precast.assembly import LoadedAssembly
+from precast.events import AssemblyLoaded, ModelReady
+
+if TYPE_CHECKING:
+    from precast.backend import BuiltModel
+    from precast.serving import CompiledModel
+    from precast.session import Session
+
+
+def describe(compiled: CompiledModel) -> dict[str, Any]:
+    """Return what runs compiled, from where, why not, and what it saved; as plain data."""
+    return {
+        "model": compiled.session.name,
+        "is_disabled": compiled.session.is_disabled,
+        "is_warm": compiled.is_warm,
+        "start_seconds": compiled.start_seconds,
+        "settings": {
+            name: {"value": value, "from": compiled.session.origins.get(name, "default")}
+            for name, value in compiled.session.config.as_dict().items()
+        },
+        "cache_dir": str(compiled.session.config.cache_path()),
+        "assemblies": [
+            {
+                "key": loaded.key,
+                "compile_seconds": loaded.assembly.seconds,
+                "unique_pieces": len(loaded.assembly.pieces),
+                "conditions": loaded.assembly.call_check["conditions"][1:],
+                "execution_code": loaded.assembly.execution["source"],
+                "pieces": [
+                    {
+                        "name": slot.piece,
+                        "compiler": slot.compiler,
+                        "from": slot.tier or "compiled here",
+                        "seconds_saved": slot.seconds_saved,
+                        "reason": None if slot.reason is None else slot.reason.as_dict(),
+                    }
+                    for slot in loaded.slots.slots
+                    if slot is not None
+                ],
+            }
+            for loaded in compiled.dispatcher.loaded
+            if isinstance(loaded, LoadedAssembly)
+        ],
+        "reasons": [reason.as_dict() for reason in compiled.reasons],
+        "not_revalidated": compiled.second_look.why_not,
+        "blocks": [describe(block) for block in compiled.blocks],
+    }
+
+
+def emit_start(
+    session: Session, loaded: LoadedAssembly, seconds: float, built: BuiltModel | None
+) -> None:
+    """Tell that an assembly serves calls now.
+
+    Args:
+        session: Whose listeners are told.
+        loaded: The assembly.
+        seconds: How long its start took.
+        built: What was compiled for it; None: it was loaded, the start was warm.
+    """
+    is_warm = built is None
+    slots = [slot for slot in loaded.slots.slots if slot is not None]
+    pieces = loaded.assembly.pieces
+    found = [result for result in (built.results if built else ()) if result.from_cache]
+    saved = loaded.assembly.seconds if is_warm else sum(result.seconds for result in found)
+    name = session.name
+    if is_warm:
+        session.emit(AssemblyLoaded(name, loaded.key, seconds, len(slots), len(pieces), saved))
+    num_eager = sum(slot.compiler == "eager" for slot in slots)
+    session.emit(
+        ModelReady(
+            name,
+            seconds,
+            len(slots),
+            len(pieces),
+            len(slots) - num_eager,
+            num_eager,
+            len(pieces) if is_warm else len(found),
+            saved,
+            is_warm,
+        )
+    )

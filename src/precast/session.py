@@ -1,0 +1,124 @@
+"""What the parts of one compiled model share: configuration, listeners, cache and compilers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from precast.cache import CacheLoader, CacheStorage, open_cache
+from precast.config import CompilationConfig, read_config
+from precast.events import Event, Listeners
+from precast.graph.key import HashComputer
+from precast.manager import CompilerManager, check_compiler
+from precast.monitoring.log import LogListener
+
+if TYPE_CHECKING:
+    from precast.background.service import CompileService
+
+
+class Session:
+    """What the parts of one compiled model share."""
+
+    def __init__(
+        self,
+        name: str,
+        config: CompilationConfig,
+        origins: Mapping[str, str],
+        is_disabled: bool,
+        listeners: Iterable[Callable[[Event], None]],
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.origins = dict(origins)
+        self.is_disabled = is_disabled
+        log = LogListener()
+        self._listeners = Listeners((log, *listeners), on_failure=log.note_failed_listener)
+        if config.progress is not False and not is_disabled:
+            from precast.monitoring.progress import ProgressListener
+
+            self._listeners = Listeners(
+                (log, ProgressListener(is_enabled=config.progress), *listeners),
+                on_failure=log.note_failed_listener,
+            )
+        self.emit = self._listeners
+        self.loader: CacheLoader
+        self.storage: CacheStorage
+        self.loader, self.storage = open_cache(
+            config.cache_path(),
+            disabled=config.disable_compile_cache,
+            emit=self.emit,
+            clock=time.perf_counter,
+        )
+        self.manager = CompilerManager(
+            config, self.loader, self.storage, self.emit, self._make_service
+        )
+        self._hashers: dict[str, HashComputer] = {}
+
+    @staticmethod
+    def for_block(whole: Session, name: str) -> Session:
+        """Return a session for a block of a model: the same parts under the block's name."""
+        block = object.__new__(Session)
+        block.__dict__.update(whole.__dict__)
+        block.name = f"{whole.name}.{name}"
+        return block
+
+    def assembly_key(self, fingerprint: str, signature: str, device: str) -> str:
+        """Return the key of what serves calls of a signature on a device type."""
+        if device not in self._hashers:
+            self._hashers[device] = HashComputer(device)
+        settings = _plain_settings(self.config.key_settings())
+        return self._hashers[device].assembly_key(fingerprint, signature, settings).digest
+
+    def _worker_environment(self) -> dict[str, str]:
+        # Inductor writes a loop for the number of threads that its process has.
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        if self.config.compilation_level != "full":
+            # Pieces are compiled side by side; a pool of compile processes in each worker takes
+            # longer to start than a piece's few kernels take.
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        return environment
+
+    def _make_service(self) -> CompileService:
+        from precast.background.service import CompileService
+
+        return CompileService(
+            num_workers=self.config.num_compile_workers(),
+            timeout_s=self.config.max_compile_time,
+            memory_bytes=self.config.max_compile_memory,
+            emit=self.emit,
+            clock=time.perf_counter,
+            environment=self._worker_environment(),
+        )
+
+    def close(self) -> None:
+        """End workers and remove temporary files."""
+        self.manager.close()
+        self.loader.close()
+
+
+def open_session(
+    name: str,
+    config: CompilationConfig | None,
+    settings: Mapping[str, Any],
+    listeners: Iterable[Callable[[Event], None]],
+) -> Session:
+    """Read the configuration and open what one model needs.
+
+    Raises:
+        ConfigError: A setting is unknown or not usable.
+    """
+    resolved = read_config(config, **settings)
+    check_compiler(resolved.config.compiler)
+    return Session(name, resolved.config, resolved.origins, resolved.is_disabled, listeners)
+
+
+def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that count in a key, as text; an object counts by its identity or repr."""
+    plain = {}
+    for name, value in settings.items():
+        identity = getattr(value, "identity", None)
+        plain[name] = repr(identity() if callable(identity) else value)
+    return plain
