@@ -353,6 +353,7 @@ def prepare_inductor() -> None:
     if getattr(isa, "remembers_builds", False):
         return
     isa.remembers_builds = True
+    isa.has_built = False
     original = isa.check_build
     folder = Path(default_cache_dir()) / "precast-instruction-sets"
 
@@ -371,29 +372,31 @@ def prepare_inductor() -> None:
         cpu_vec_isa.subprocess = WithoutLoading()  # type: ignore
 
     def check_build(self: Any, code: str) -> bool:
+        if isa.has_built:
+            return True
         compiler: Any = cpu_vec_isa._get_isa_dry_compile_fingerprint(self.build_arch_flags())
         mark = folder / sha256(f"{compiler}\n{code}".encode()).hexdigest()
-        if mark.exists():
-            return True
-        is_built = bool(original(self, code))
-        if is_built:
+        isa.has_built = mark.exists() or bool(original(self, code))
+        if isa.has_built:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 mark.touch()
-        return is_built
+        return bool(isa.has_built)
 
     isa.check_build = check_build
 
 
 def warm_inductor() -> None:
-    """Build Inductor's pattern tables now, which the first compile of a process would build."""
+    """Do now what the first compile of a process would do: pattern tables, instruction sets."""
     # torch:    2.11 to 2.13
     # replaces: nothing: the first compile does it, while somebody waits
     # upstream: both are private and idempotent
     # goes:     when the tables are made at import, or shared between processes
     import torch
+    from torch._inductor import cpu_vec_isa
     from torch._inductor.fx_passes import joint_graph, post_grad
 
+    cpu_vec_isa.pick_vec_isa()
     # Called as Inductor calls them: the answers are kept by argument, and a second time with
     # another one registers patterns twice.
     with torch.no_grad():
@@ -425,6 +428,48 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in config._config}
 
 
+@contextmanager
+def compile_commands_through(run: Callable[[Sequence[str], str], bool]) -> Iterator[None]:
+    """Offer each command line of Inductor's C++ compiler to `run` first: (command, folder).
+
+    What it answers False to is run as ever.
+    """
+    # torch:    2.11 to 2.13
+    # replaces: a script in the compiler's place, which would have to pass for g++
+    # upstream: no hook; the command line is built and run in one class
+    # goes:     when AOTInductor compiles what is the same for all models once
+    import shlex
+
+    from torch._inductor import cpp_builder
+
+    builder: Any = cpp_builder
+    original = builder._run_compile_cmd
+
+    def run_compile_cmd(cmd_line: str, cwd: str) -> None:
+        if not run(shlex.split(cmd_line), cwd):
+            original(cmd_line, cwd)
+
+    builder._run_compile_cmd = run_compile_cmd
+    try:
+        yield
+    finally:
+        builder._run_compile_cmd = original
+
+
+def aoti_interface() -> tuple[str, Path]:
+    """Return the text that begins every wrapper of AOTInductor, and where builds are kept."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing
+    # upstream: the file is spliced into each wrapper
+    # goes:     with `compile_commands_through`
+    import torch._inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    codegen = Path(torch._inductor.__file__).parent / "codegen"
+    text = (codegen / "aoti_runtime" / "interface.cpp").read_text()
+    return text, Path(default_cache_dir())
+
+
 def aoti_compile(graph: Any, fake_mode: Any, inputs: Sequence[Any], directory: str) -> list[str]:
     """Compile an FX graph ahead of time into `directory`; return all files that loading needs.
 
@@ -444,16 +489,13 @@ def aoti_compile(graph: Any, fake_mode: Any, inputs: Sequence[Any], directory: s
     options = inductor_options(
         **{
             "aot_inductor.output_path": str(Path(directory) / "model.so"),
-            # g++ over wrapper.cpp, seconds of CPU time, torch 2.13, gcc 12, headers precompiled:
-            # -O1 -g1 (torch's own) 8.0, -O1 5.1, -Og 5.2, -O0 4.6, no precompiled headers +1.5.
-            # -O0 costs 26 us a call where -O1 costs 18. So: no line tables, and -O1.
+            # -O0 costs 26 us a call where -O1 costs 18, and line tables cost three seconds.
             "aot_inductor.enable_line_tables": False,
             "aot_inductor.enable_frame_pointer": False,
             "aot_inductor.compile_wrapper_opt_level": "O1",
             "aot_inductor.use_runtime_constant_folding": False,
-            # Precompiling asks openssl for a checksum. 5 s for each of two, once a machine: they
-            # lie beside the temporary files of all of Inductor, not in its cache folder.
-            "aot_inductor.precompile_headers": shutil.which("openssl") is not None,
+            # 5 to 9 s for each of two headers, to save one or two a piece.
+            "aot_inductor.precompile_headers": False,
             "aot_inductor.embed_kernel_binary": True if has_binutils else None,
         }
     )

@@ -1,0 +1,215 @@
+"""Compiling AOTInductor's C++ wrapper in half the time: what all pieces share is compiled once.
+
+A piece's `wrapper.cpp` holds two things. The *interface* is the same in every piece: the C
+functions of a library, over a container of models. The *model* is the piece. torch compiles both
+together, and with them an instance of `std::regex` that parses the name of a device. Here
+
+- the interface becomes an object file once a machine, kept beside torch's own caches, and is
+  joined to each model's object;
+- the parser of device names is one without a regular expression, in a copy of torch's header that
+  is found before the original.
+
+g++ over one wrapper, seconds of CPU time, torch 2.13, gcc 12: 5.5 to 6.6 as torch does it, 2.5 so
+(the interface once: 3). Nothing here knows torch's build system: a command comes in, and False
+goes out where it is to be run as it is, which is always right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+_HEADER = Path("torch/csrc/inductor/aoti_runtime/model_base.h")
+_PARSER = re.compile(r"^inline void parse_device_str\(.*?^}$", re.DOTALL | re.MULTILINE)
+_INCLUDE_REGEX = "#include <regex>"
+# What `<regex>` brought in by the way.
+_INSTEAD_OF_REGEX = "\n".join(
+    f"#include <{name}>"
+    for name in (
+        "algorithm",
+        "functional",
+        "locale",
+        "map",
+        "memory",
+        "sstream",
+        "string",
+        "vector",
+    )
+)
+# As strict as "(cpu|cuda|xpu|mps)(:([0-9]+))?".
+_NEW_PARSER = """\
+inline void parse_device_str(
+    const std::string& device_str,
+    int32_t& device_type,
+    int32_t& device_idx) {
+  const auto colon = device_str.find(':');
+  const std::string kind = device_str.substr(0, colon);
+  if (kind == "cpu") {
+    device_type = aoti_torch_device_type_cpu();
+  } else if (kind == "cuda") {
+    device_type = aoti_torch_device_type_cuda();
+#ifdef USE_XPU
+  } else if (kind == "xpu") {
+    device_type = aoti_torch_device_type_xpu();
+#endif
+#ifdef USE_MPS
+  } else if (kind == "mps") {
+    device_type = aoti_torch_device_type_mps();
+#endif
+  } else {
+    AOTI_RUNTIME_CHECK(false, "Invalid device: " + device_str);
+  }
+  device_idx = -1;
+  if (colon != std::string::npos) {
+    const std::string index = device_str.substr(colon + 1);
+    AOTI_RUNTIME_CHECK(
+        !index.empty() && index.find_first_not_of("0123456789") == std::string::npos,
+        "Invalid device: " + device_str);
+    device_idx = std::stoi(index);
+  }
+}"""
+
+
+class WrapperBuild:
+    """Runs the compile commands of wrappers, in place of whoever asked for them.
+
+    Args:
+        interface: The text that every wrapper begins with, as torch's sources have it.
+        folder: Keeps objects and headers; shared by all processes of the user.
+        version: Of torch.
+    """
+
+    def __init__(self, interface: str, folder: Path, version: str) -> None:
+        self._interface = interface.strip()
+        self._folder = folder
+        self._version = version
+
+    def run(self, command: Sequence[str], cwd: str) -> bool:
+        """Run a compile command if it compiles a wrapper; False: it is to be run as it is."""
+        source = next((part for part in command if part.endswith(".wrapper.cpp")), None)
+        if source is None or "-c" not in command or "-o" not in command:
+            return False
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            return self._compile(list(command), str(Path(cwd, source)), source, cwd)
+        return False
+
+    def _compile(self, command: list[str], path: str, source: str, cwd: str) -> bool:
+        before, found, model = Path(path).read_text().partition(self._interface)
+        if not found:
+            return False
+        target = command.pop(command.index("-o") + 1)
+        command.remove("-o")
+        command.remove(source)
+        command[1:1] = [f"-I{folder}" for folder in self._overlay(command)]
+        # Errors name the file that they come from; an artifact is to name no path of a machine.
+        folders = [part[2:] for part in command if part.startswith("-I")]
+        command.extend(f"-fmacro-prefix-map={folder}/=" for folder in folders)
+        model_source = Path(path).with_suffix(".model.cpp")
+        includes = re.findall(r"^#include .*$", self._interface, re.MULTILINE)
+        model_source.write_text("\n".join((before, *includes, model)))
+        shared = _SharedObject(command, before + self._interface, self._folder, self._version)
+        building = shared.begin()
+        model_object = f"{target}.model.o"
+        done = _run([*command, str(model_source), "-o", model_object], cwd)
+        shared_object = shared.finish(building)
+        if not done or shared_object is None:
+            return False
+        joined = [command[0], "-r", "-nostdlib", model_object, str(shared_object), "-o", target]
+        return _run(joined, cwd)
+
+    def _overlay(self, command: Sequence[str]) -> list[str]:
+        """Return the folder with torch's header changed; empty where it is not as expected."""
+        for part in command:
+            header = Path(part[2:], _HEADER) if part.startswith("-I") else None
+            if header is None or not header.is_file():
+                continue
+            text = header.read_text()
+            changed, count = _PARSER.subn(lambda _: _NEW_PARSER, text)
+            changed = changed.replace(_INCLUDE_REGEX, _INSTEAD_OF_REGEX)
+            if count != 1 or "std::regex" in changed:
+                return []
+            folder = self._folder / f"include-{sha256(changed.encode()).hexdigest()[:32]}"
+            place = folder / _HEADER
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _write_whole(place, changed)
+            return [str(folder)]
+        return []
+
+
+class _SharedObject:
+    """The interface as an object file: found, or compiled by one process for all."""
+
+    def __init__(self, command: list[str], text: str, folder: Path, version: str) -> None:
+        compiler = Path(shutil.which(command[0]) or command[0]).resolve()
+        stat = compiler.stat()
+        parts = (version, str(compiler), str(stat.st_mtime_ns), str(stat.st_size), *command, text)
+        key = sha256("\0".join(parts).encode()).hexdigest()
+        self._path = folder / f"{key}.o"
+        self._scratch = folder / f"{key}-{os.getpid()}"
+        self._command = command
+        self._text = text
+        self._lock: int | None = None
+
+    def begin(self) -> subprocess.Popen[bytes] | None:
+        """Start compiling beside the model, unless it is there or another process is at it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() or not self._take_lock(wait=False):
+            return None
+        return self._start()
+
+    def finish(self, building: subprocess.Popen[bytes] | None) -> Path | None:
+        """Return the object when it is there; None: it cannot be compiled."""
+        try:
+            if building is None and not self._path.exists():
+                self._take_lock(wait=True)  # Whoever is at it: done, or dead.
+                if not self._path.exists():
+                    building = self._start()
+            if building is not None:
+                if building.wait() != 0:
+                    return None
+                (self._scratch / "interface.o").replace(self._path)
+            return self._path
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _take_lock(self, *, wait: bool) -> bool:
+        import fcntl
+
+        self._lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            return False
+        return True
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._scratch.mkdir(exist_ok=True)
+        (self._scratch / "interface.cpp").write_text(self._text)
+        return subprocess.Popen(
+            [*self._command, "interface.cpp", "-o", "interface.o"],
+            cwd=self._scratch,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def _run(command: list[str], cwd: str) -> bool:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
