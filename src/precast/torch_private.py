@@ -277,47 +277,56 @@ def _as_inequality(expression: Any) -> Any:
 
 
 def _narrow(expression: Any, free: Sequence[Any], names: Mapping[Any, str], left: Any) -> None:
-    """Cut `left` to where an inequality holds, if it bounds its symbols from above or below."""
+    """Cut `left` to where an inequality holds, if it bounds its symbols from above or below.
+
+    Decided by interval arithmetic over whole boxes of sizes: what is kept holds everywhere, however
+    the expression is built (32-bit indexing on a GPU asks for products of rounded sizes, say).
+    """
     import sympy
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
     problem = SizesSpecializedError(f"it holds only where {expression}")
     expression = _as_inequality(expression)
-    difference = expression.lhs - expression.rhs if hasattr(expression, "lhs") else None
-    if difference is None or not difference.is_polynomial(*free) or not free:
+    if not free or not hasattr(expression, "lhs"):
         raise problem
+    difference = expression.lhs - expression.rhs
     if isinstance(expression, sympy.Ge | sympy.Gt):
         difference = -difference
     elif not isinstance(expression, sympy.Le | sympy.Lt):
         raise problem
     is_strict = isinstance(expression, sympy.Lt | sympy.Gt)
 
-    def holds(sizes: Sequence[int]) -> bool:
-        value = difference.subs(dict(zip(free, sizes, strict=True)))
-        return bool(value < 0 if is_strict else value <= 0)
+    def holds(lows: Sequence[int], highs: Sequence[int | None]) -> bool:
+        box = {
+            symbol: ValueRanges(sympy.Integer(low), int_oo if high is None else sympy.Integer(high))
+            for symbol, low, high in zip(free, lows, highs, strict=True)
+        }
+        greatest = bound_sympy(difference, box).upper
+        return bool(greatest < 0 if is_strict else greatest <= 0)
 
-    coefficients = dict(sympy.Poly(difference, *free).terms())
-    growing = [c for powers, c in coefficients.items() if any(powers)]
-    if all(c > 0 for c in growing):  # Bounded from above: the largest box of equal proportions.
-        lows = [left[names[symbol]][0] for symbol in free]
-        highs = [left[names[symbol]][1] for symbol in free]
-        if not holds(lows):
-            raise problem
+    lows = [left[names[symbol]][0] for symbol in free]
+    highs = [left[names[symbol]][1] for symbol in free]
+    if holds(lows, highs):
+        return
+    if holds(lows, lows):  # Bounded from above: the largest box of equal proportions.
         best = 0
         for step in (1 << n for n in range(40, -1, -1)):
-            grown = [low + best + step for low in lows]
-            if holds([_capped(size, high) for size, high in zip(grown, highs, strict=True)]):
+            grown = [
+                _capped(low + best + step, high) for low, high in zip(lows, highs, strict=True)
+            ]
+            if holds(lows, grown):
                 best += step
         for low, high, symbol in zip(lows, highs, free, strict=True):
             left[names[symbol]][1] = _capped(low + best, high)
-    elif len(free) == 1 and all(c < 0 for c in growing):  # Bounded from below.
-        name = names[free[0]]
-        high = left[name][1] if left[name][1] is not None else 1 << 40
-        low = next((n for n in range(left[name][0], min(high, 1 << 16) + 1) if holds([n])), None)
-        if low is None:
-            raise problem
-        left[name][0] = low
-    else:
+        return
+    if len(free) != 1 or not holds([_capped(1 << 16, highs[0])], highs):
         raise problem
+    low, enough = lows[0], _capped(1 << 16, highs[0])  # Bounded from below.
+    while low < enough:
+        middle = (low + enough) // 2
+        low, enough = (low, middle) if holds([middle], highs) else (middle + 1, enough)
+    left[names[free[0]]][0] = low
 
 
 def _capped(size: int, high: int | None) -> int:

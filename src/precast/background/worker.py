@@ -16,19 +16,23 @@ nothing of deadlines, retries and caches; its parent does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from precast.background.limits import die_with_parent, limit_memory, lower_priority, peak_bytes
+from precast.compilers.interface import CompiledPiece
 from precast.errors import CompileError
-from precast.graph.piece import Piece
+from precast.graph.piece import Piece, SymbolRange
+from precast.torch_private import SizesSpecializedError
 
 _NO_MEMORY = re.compile(r"virtual memory exhausted|out of memory|[Cc]annot allocate memory")
 _LONGEST_MESSAGE = 2000
@@ -75,6 +79,11 @@ def run_job(job: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None])
             directory.mkdir(parents=True)
             result = _compile(name, piece, str(directory), job)
         except Exception as error:  # noqa: BLE001 - compilers fail in every way there is.
+            if _has_broken_device(error):
+                # Every later call of this process would fail: it ends, and the job is tried again
+                # in another one, without the sizes that may have done it.
+                traceback.print_exc()
+                os._exit(1)
             failures.append(_failure(name, error))
             continue
         seconds = time.monotonic() - started
@@ -100,7 +109,7 @@ def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) ->
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
     else:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    compiled = compiler.compile(piece, directory)
+    compiled, piece = _compile_for_most_sizes(compiler, piece, directory)
     details = dict(compiled.details)
     verified = None
     if job.get("verify", True):
@@ -116,6 +125,48 @@ def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) ->
         "details": details,
         "verify": verified,
     }
+
+
+def _compile_for_most_sizes(
+    compiler: Any, piece: Piece, directory: str
+) -> tuple[CompiledPiece, Piece]:
+    """Compile for all sizes that a piece asks for, or for those above 1; return for which.
+
+    Some operators cannot be lowered where a size may be 0 or 1 (a slice from the end, say).
+    """
+    try:
+        return compiler.compile(piece, directory), piece
+    except Exception as error:
+        usual = _without_small_sizes(piece)
+        is_no_range = isinstance(error.__cause__, SizesSpecializedError)
+        if usual is None or is_no_range or _has_broken_device(error):
+            raise
+        try:
+            second = Path(directory) / "above-1"
+            second.mkdir()
+            compiled = compiler.compile(usual, str(second))
+        except Exception:  # noqa: BLE001 - the first failure is the one to report.
+            raise error from None
+    ranges = {name: [r.low, r.high] for name, r in usual.symbols.items()}
+    details = {**compiled.details, "ranges": {**ranges, **compiled.details.get("ranges", {})}}
+    return CompiledPiece(compiled.files, details), usual
+
+
+def _without_small_sizes(piece: Piece) -> Piece | None:
+    """Return a piece that asks for no sizes 0 and 1; None where it asks for none of them."""
+    symbols = {
+        name: SymbolRange(low=max(r.low, 2), high=r.high)
+        for name, r in piece.symbols.items()
+        if r.high is None or r.high >= 2
+    }
+    if symbols.keys() != piece.symbols.keys() or symbols == dict(piece.symbols):
+        return None
+    return dataclasses.replace(piece, symbols=symbols)
+
+
+def _has_broken_device(error: BaseException) -> bool:
+    """Whether an error leaves the GPU unusable for this process: a device-side assertion, say."""
+    return type(error).__name__ == "AcceleratorError" or "device-side assert" in str(error)
 
 
 def _verify(
@@ -135,7 +186,10 @@ def _verify(
 
     rows = [sizes for sizes in edge_sizes(piece) if is_inside(sizes)]
     usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())]
-    result = verify_from_text(piece, run, usual or rows, name)
+    try:
+        result = verify_from_text(piece, run, usual or rows, name, 1 if is_retry else 2)
+    except EagerRefusedError:
+        result = verify_from_text(piece, run, usual or rows, name, 1)
     small_rows = [sizes for sizes in rows if sizes not in usual and usual]
     small_rows += [sizes for sizes in zero_sizes(piece) if is_inside(sizes)]
     proven: set[tuple[str, int]] = set()
@@ -145,11 +199,13 @@ def _verify(
         try:
             if is_retry and 0 in row.values():  # Perhaps it was this that crashed.
                 raise CompileError("", name, "not tried again")
-            verify_from_text(piece, run, [row], name)
+            verify_from_text(piece, run, [row], name, 1)
             proven |= small
         except EagerRefusedError:
             undecided |= small
-        except Exception:  # noqa: BLE001 - whatever it is, it does not work.
+        except Exception as error:
+            if _has_broken_device(error):
+                raise
             _leave_out(piece, details, small)
     _leave_out(piece, details, undecided - proven)
     return {

@@ -63,11 +63,14 @@ def verify(
     eager: Callable[..., Sequence[torch.Tensor]],
     sizes: Iterable[Mapping[str, int]],
     compiler: str = "compiled code",
+    integers_below: int = 2,
 ) -> VerifyResult:
     """Compare outputs and mutated inputs on random inputs at each assignment of sizes.
 
     Values, dtypes, shapes, strides (of dimensions longer than 1), and which inputs an output
     shares memory with, must agree; NaN equals NaN.
+
+    Integers are made below `integers_below`: 1 where 1 may be no valid index.
 
     Sizes at which eager fails are passed over: two inputs may have to be of one length although
     only the model's code says so.
@@ -81,7 +84,7 @@ def verify(
     worst_abs = worst_rel = 0.0
     known: dict[int, torch.Tensor] = {}
     for seed, row in enumerate(map(dict, sizes)):
-        check = _Check(piece, compiler, row, known)
+        check = _Check(piece, compiler, row, known, integers_below)
         try:
             compared = check.run(compiled, eager, seed)
         except EagerRefusedError as error:
@@ -97,10 +100,14 @@ def verify(
 
 
 def verify_from_text(
-    piece: Piece, compiled: CompiledCallable, sizes: Iterable[Mapping[str, int]], compiler: str
+    piece: Piece,
+    compiled: CompiledCallable,
+    sizes: Iterable[Mapping[str, int]],
+    compiler: str,
+    integers_below: int = 2,
 ) -> VerifyResult:
     """Compare with the piece's own text, run eager."""
-    return verify(piece, compiled, eager_function(piece), sizes, compiler)
+    return verify(piece, compiled, eager_function(piece), sizes, compiler, integers_below)
 
 
 class _Check:
@@ -112,8 +119,10 @@ class _Check:
         compiler: str,
         sizes: Mapping[str, int],
         known: dict[int, torch.Tensor],
+        integers_below: int,
     ) -> None:
         self._known = known
+        self._integers_below = integers_below
         self._piece = piece
         self._compiler = compiler
         self._sizes = sizes
@@ -124,7 +133,7 @@ class _Check:
         """Run all three ways; return matching tensors and a name for them."""
         import torch
 
-        made = random_inputs(self._piece, self._sizes, seed, self._known)
+        made = random_inputs(self._piece, self._sizes, seed, self._known, self._integers_below)
 
         def fresh() -> list[torch.Tensor]:
             torch.manual_seed(seed)

@@ -146,10 +146,11 @@ def random_inputs(
     sizes: Mapping[str, int],
     seed: int,
     known: dict[int, torch.Tensor] | None = None,
+    integers_below: int = 2,
 ) -> list[torch.Tensor]:
     """Return inputs as the specs say at the given sizes: same shapes, strides, dtypes, device.
 
-    Floats are normal with deviation 0.5, integers 0 or 1 (so that any of them is a valid index),
+    Floats are normal with deviation 0.5, integers 0 or 1 (so that most are a valid index),
     booleans fair. Made where they live: a layer's weights are hundreds of millions of numbers.
 
     Args:
@@ -158,6 +159,8 @@ def random_inputs(
         seed: Of the numbers.
         known: Inputs of fixed shape by position, taken from and put there; so that weights are
             made once for many sizes. They must not be written into.
+        integers_below: What integers are less than: of an index into one row only 0 is valid, and
+            a GPU does not survive another.
     """
     import torch
 
@@ -169,7 +172,7 @@ def random_inputs(
             continue
         if spec.device not in generators:
             generators[spec.device] = torch.Generator(spec.device).manual_seed(seed)
-        inputs.append(_random_tensor(spec, sizes, generators[spec.device]))
+        inputs.append(_random_tensor(spec, sizes, generators[spec.device], integers_below))
         if known is not None and all(isinstance(n, int) for n in (*spec.shape, *spec.stride)):
             known[position] = inputs[-1]
     return inputs
@@ -421,7 +424,7 @@ def _is_consistent(piece: Piece, sizes: Mapping[str, int]) -> bool:
 
 
 def _random_tensor(
-    spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator
+    spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator, integers_below: int
 ) -> torch.Tensor:
     import torch
 
@@ -436,5 +439,6 @@ def _random_tensor(
     elif dtype.is_floating_point:
         storage = torch.randn(num_elements, **where).mul_(0.5)
     else:
-        storage = torch.randint(0, 2, (num_elements,), **where)
+        high = 2 if dtype == torch.bool else integers_below
+        storage = torch.randint(0, high, (num_elements,), **where)
     return storage.to(dtype).as_strided(shape, stride)

@@ -76,3 +76,24 @@ class WrongWhenEmpty(EagerAdaptor):
             return run(inputs)
 
         return fail_when_empty
+
+
+class RefusingSmallSizes(EagerAdaptor):
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if any(allowed.low < 2 for allowed in piece.symbols.values()):
+            raise KeyError("unbacked_bindings")
+        return super().compile(piece, directory)
+
+
+class BreakingTheDevice(EagerAdaptor):
+    """As a GPU does: an index out of range ends all work of the process."""
+
+    def load(self, details: Any, files: Any, piece: Any) -> Any:
+        run = super().load(details, files, piece)
+
+        def fail_when_empty(inputs: Any) -> Any:
+            if inputs[0].numel() == 0:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return run(inputs)
+
+        return fail_when_empty

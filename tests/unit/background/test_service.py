@@ -55,6 +55,26 @@ def test_the_next_compiler_is_tried_when_one_fails(service: CompileService, tmp_
     assert "no such luck" in result.failures[0].message
 
 
+def test_a_piece_that_cannot_be_compiled_for_sizes_0_and_1_is_compiled_for_the_others(
+    service: CompileService, tmp_path: Path
+) -> None:
+    result = service.submit(job(tmp_path, "RefusingSmallSizes")).result()
+
+    assert result.failures == ()
+    assert result.details["ranges"] == {name: [2, r.high] for name, r in TINY.symbols.items()}
+    assert result.verify is not None
+    assert min(size for row in result.verify["sizes"] for size in row.values()) == 2
+
+
+def test_a_worker_whose_device_broke_is_replaced(service: CompileService, tmp_path: Path) -> None:
+    first = service.submit(job(tmp_path, "eager")).result()
+    result = service.submit(job(tmp_path, "BreakingTheDevice")).result()
+
+    assert result.worker_pid != first.worker_pid
+    assert result.compiler == PLANTED + "BreakingTheDevice"
+    assert all(low == 1 for low, _ in result.details["ranges"].values())
+
+
 def test_a_piece_that_every_compiler_refuses_says_why(
     service: CompileService, tmp_path: Path
 ) -> None:
