@@ -37,6 +37,7 @@ REASON_CODES: dict[str, str] = {
     "tier-failed": "a cache tier could not be read or written",
     "artifact-corrupt": "stored bytes are not what they should be",
     "artifact-incompatible": "stored code is for another machine or version",
+    "untrusted": "stored code is not signed by a trusted key, or lies where others can write",
     "stale-assembly": "the stored assembly is no longer right for this model",
     "cache-disabled": "caching is switched off, so nothing is found and nothing kept",
     "not-recorded": "nothing is stored for this model and `cache_only` may not compile",
@@ -263,6 +264,49 @@ class ArtifactIncompatibleError(ArtifactError):
         self.has = has
 
 
+class BundleError(PrecastError):
+    """A bundle cannot be read or written; `path` names it."""
+
+    code = "artifact-corrupt"
+    outcome = "nothing of it is used"
+    remedy = "Make the bundle again, or copy it again from where it was made"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+        self.summary = f"bundle {path} cannot be used: {problem}"
+
+
+class BundleIncompatibleError(BundleError):
+    """The bundle is sound, but all that it holds is for other machines or versions."""
+
+    code = "artifact-incompatible"
+    remedy = "Make a bundle on a machine of this kind, with the same torch"
+
+
+class BundleUntrustedError(BundleError):
+    """The bundle holds what no trusted key has signed."""
+
+    code = "untrusted"
+    remedy = (
+        "Make it with `signing_key` and name the public key in `trusted_keys`, "
+        "or set `allow_unsigned` to run code that nobody vouches for"
+    )
+
+
+class BundleIncompleteError(BundleError):
+    """What a bundle should hold is not in the cache."""
+
+    code = "not-recorded"
+    outcome = "no bundle was written"
+    remedy = "Compile the model first; `precast.status(model)` names what it uses"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.summary = f"bundle {path} cannot be made: {problem}"
+
+
 class StoreError(PrecastError):
     """A cache tier could not do its work. A cache must never stop a model."""
 
@@ -276,6 +320,18 @@ class StoreError(PrecastError):
         self.operation = operation
         self.problem = problem
         self.summary = f"tier {tier!r} failed to {operation}: {problem}"
+
+
+class UnsafeStoreError(StoreError):
+    """A tier's files lie where other users of this machine could put code: it is not read."""
+
+    code = "untrusted"
+    outcome = "the tier is neither read nor written"
+
+    def __init__(self, tier: str, operation: str, problem: str, remedy: str) -> None:
+        super().__init__(tier, operation, problem)
+        self.args = (tier, operation, problem, remedy)
+        self.remedy = remedy
 
 
 def _ended(sentence: str) -> str:

@@ -136,6 +136,14 @@ class ArtifactQuarantined(Event):
     reason: Reason
 
 
+class ArtifactRefused(Event):
+    """A tier has something under a key that nobody trusted vouches for; it was left alone."""
+
+    tier: str
+    key: str
+    reason: Reason
+
+
 class ArtifactPublished(Event):
     """A verified artifact was stored in a tier for others to find."""
 

@@ -39,6 +39,7 @@ FILE_OPERATIONS = (
     "fsync",
     "link",
     "listdir",
+    "lstat",
     "mkdir",
     "open",
     "read",

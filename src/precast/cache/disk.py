@@ -5,23 +5,25 @@
 
 `docs/format.md` draws the folders. Everything is written beside its place and renamed, so there
 are no locks and a reader never sees part of a value. Nothing is created before the first write.
-Whether the bytes are undamaged is checked by the readers of the tier, not here.
+Whether the bytes are undamaged is checked by the readers of the tier, not here; that nobody else
+can have put them there is.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 
 from precast.cache.manifest import MAX_MANIFEST_BYTES
 from precast.cache.names import check_digest, check_file_name, check_key, is_key
-from precast.errors import StoreError
+from precast.errors import StoreError, UnsafeStoreError
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 #: The versioned bucket: another version of the layout or of the manifests takes another name, and
 #: both share the root without reading each other's files.
@@ -39,12 +41,18 @@ _NO_HARD_LINKS = frozenset(
     {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 )
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NOT_A_FILE = frozenset({errno.EISDIR, errno.ELOOP})
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 
 
 class DiskCache:
     """Keeps manifests and blobs in files under one directory, which only the user may enter.
 
-    Works on a directory that cannot be written: reading goes on, writing is a `StoreError`.
+    Works on a directory that cannot be written: reading goes on, writing is a `StoreError`. One
+    that belongs to another user (root excepted), or that others may write to, is neither read nor
+    written, since whoever can write to it can run code here: `UnsafeStoreError`.
 
     Source: follows `CacheInterface`, where the methods are described.
     """
@@ -62,6 +70,8 @@ class DiskCache:
         self._quarantine = os.path.join(bucket, "quarantine")
         self._temporary = os.path.join(bucket, "tmp")
         self._swept_at_s: float | None = None
+        self._is_vetted = False
+        self._is_private = False  # Others cannot even enter; then modes within do not matter.
 
     @property
     def is_writable(self) -> bool:
@@ -77,8 +87,9 @@ class DiskCache:
     def read_manifest(self, key: str) -> bytes | None:
         check_key(key)
         with self._store_errors("read manifest"):
+            path = self._manifest_path(key)
             # One byte more than allowed: enough for the reader to see that it is too large.
-            return _read_file(self._manifest_path(key), MAX_MANIFEST_BYTES + 1)
+            return _read_file(path, MAX_MANIFEST_BYTES + 1, self._check_file)
 
     def write_manifest(self, key: str, data: bytes) -> None:
         check_key(key)
@@ -115,12 +126,19 @@ class DiskCache:
 
     def has_blob(self, digest: str) -> bool:
         check_digest(digest)
-        return os.path.lexists(self._blob_path(digest))
+        with self._store_errors("look for blob"):
+            return os.path.lexists(self._blob_path(digest))
 
     def local_blob_path(self, digest: str) -> str | None:
         check_digest(digest)
         path = self._blob_path(digest)
-        return path if os.path.lexists(path) else None
+        with self._store_errors("look for blob"):
+            try:
+                found = os.lstat(path)
+            except _ABSENT:
+                return None
+            # Checked now and opened a moment later: nobody else may change it in between.
+            return None if stat.S_ISLNK(found.st_mode) or self._is_exposed(found) else path
 
     def link_tree(self, files: Mapping[str, str]) -> str:
         for name, digest in files.items():
@@ -149,9 +167,42 @@ class DiskCache:
     def _blob_path(self, digest: str) -> str:
         return os.path.join(self._blobs, digest[:2], digest)
 
+    def _vet(self, operation: str) -> None:
+        """Check, once, that nobody else can have put code here; three calls of the system.
+
+        Raises:
+            UnsafeStoreError: Says whose the directory is, or who may write to it, and what to do.
+        """
+        try:
+            root = _check_folder(self.root, may_be_sticky=True)
+            bucket = _check_folder(os.path.join(self.root, BUCKET))
+        except _UnsafeError as found:
+            raise UnsafeStoreError(self.name, operation, found.problem, found.remedy) from None
+        except _ABSENT:
+            return  # It is made by us, or by somebody else and then looked at.
+        self._is_private = not (root & _OTHERS_ENTER and bucket & _OTHERS_ENTER)
+        self._is_vetted = True
+
+    def _is_exposed(self, found: os.stat_result) -> bool:
+        """Whether somebody else wrote a file, or may write to it."""
+        return not self._is_private and (not _is_own(found) or bool(found.st_mode & _OTHERS_WRITE))
+
+    def _check_file(self, path: str, found: os.stat_result) -> None:
+        """Refuse a manifest that somebody else wrote or may write to.
+
+        Raises:
+            UnsafeStoreError: It is such a one.
+        """
+        if self._is_exposed(found):
+            problem = f"{path} belongs to user {found.st_uid}, mode {found.st_mode & 0o777:o}"
+            remedy = f"Close the folder to others: chmod 700 {self.root}"
+            raise UnsafeStoreError(self.name, "read manifest", problem, remedy)
+
     @contextmanager
     def _store_errors(self, operation: str) -> Iterator[None]:
         try:
+            if not self._is_vetted:
+                self._vet(operation)
             yield
         except OSError as error:
             problem = f"{error.strerror or error}: {error.filename or self.root}"
@@ -278,19 +329,76 @@ def _write_all(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
-def _read_file(path: str, limit: int | None = None) -> bytes | None:
+class _UnsafeError(Exception):
+    """A folder is not only this user's."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Whether a file is this user's, or root's, who could do anything anyway."""
+    return not hasattr(os, "geteuid") or found.st_uid in (0, os.geteuid())
+
+
+def _check_folder(path: str, *, may_be_sticky: bool = False) -> int:
+    """Return the mode of a folder that only this user, or root, can have filled.
+
+    Args:
+        path: The folder, or a link to it.
+        may_be_sticky: Others may add to it, but not replace what is there; what we use in it is
+            checked by itself.
+
+    Raises:
+        _UnsafeError: Others can, or could.
+        OSError: There is none, or it cannot be looked at.
+    """
+    found = os.lstat(path)
+    if stat.S_ISLNK(found.st_mode):
+        if not _is_own(found):
+            raise _UnsafeError(
+                f"{path} is a link that user {found.st_uid} made",
+                "Remove it, or set `cache_dir` to a folder of your own",
+            )
+        found = os.stat(path)
+    if not _is_own(found):
+        raise _UnsafeError(
+            f"{path} belongs to user {found.st_uid}, and this process runs as {os.geteuid()}",
+            "Set `cache_dir` to a folder of your own, or give this one to the user: chown",
+        )
+    if found.st_mode & _OTHERS_WRITE and not (may_be_sticky and found.st_mode & stat.S_ISVTX):
+        raise _UnsafeError(
+            f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o})",
+            f"Make sure that all in it is yours, then: chmod 700 {path}",
+        )
+    return found.st_mode
+
+
+def _read_file(
+    path: str,
+    limit: int | None = None,
+    check: Callable[[str, os.stat_result], None] | None = None,
+) -> bytes | None:
     """Return a file's bytes, `limit` of them at most, or None where there is none.
 
-    A folder where a file belongs reads as no bytes: damage that can be set aside like any other.
+    A folder or a link where a file belongs reads as no bytes: damage that can be set aside like
+    any other. `check` may refuse the file once it is open.
     """
     try:
-        file = os.open(path, os.O_RDONLY | _FLAGS)
+        file = os.open(path, os.O_RDONLY | _FLAGS | _NO_FOLLOW)
     except _ABSENT:
         return None
-    except IsADirectoryError:
-        return b""
+    except OSError as error:
+        if error.errno in _NOT_A_FILE:
+            return b""
+        raise
     try:
-        wanted = os.fstat(file).st_size if limit is None else min(limit, os.fstat(file).st_size)
+        found = os.fstat(file)
+        if check is not None:
+            check(path, found)
+        wanted = found.st_size if limit is None else min(limit, found.st_size)
         parts = []
         while wanted > 0 and (part := os.read(file, min(wanted, 1 << 30))):
             parts.append(part)
@@ -311,7 +419,7 @@ def _list_folder(path: str) -> list[str]:
 
 def _has_size(path: str, num_bytes: int) -> bool:
     try:
-        return os.stat(path).st_size == num_bytes
+        return os.lstat(path).st_size == num_bytes
     except _ABSENT:
         return False
 
@@ -319,7 +427,7 @@ def _has_size(path: str, num_bytes: int) -> bool:
 def _is_same_content(blob: str, path: str) -> bool:
     """Whether a name in a tree is the blob itself or an undamaged copy of it."""
     try:
-        found, wanted = os.stat(path), os.stat(blob)
+        found, wanted = os.lstat(path), os.lstat(blob)
     except _ABSENT:
         return False
     if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
