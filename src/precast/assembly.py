@@ -20,6 +20,7 @@ from typing import Any
 
 from precast.contract import Binding, Contract, bind, decode, encode
 from precast.errors import ArtifactIncompatibleError, Reason
+from precast.machine import python_identity
 from precast.runtime.slot import SlotTable
 from precast.stitch import SerializableFunction
 
@@ -74,6 +75,7 @@ class Assembly:
         return {
             "kind": "assembly",
             "version": ASSEMBLY_VERSION,
+            "python": python_identity(),
             **{name: getattr(self, name) for name in _FIELDS},
         }
 

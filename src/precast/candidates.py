@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from precast.assembly import Assembly, LoadedAssembly, open_assembly
+from precast.cache.trust import is_unsigned
 from precast.errors import ArtifactError, Reason, in_words
 from precast.events import AssemblyRejected
 from precast.manager import eager_call
@@ -93,7 +94,9 @@ class Candidates:
 
                 calls.append(eager_call(Piece.from_json(record["eager"])))
                 continue
-            call = self._session.manager.load(record, name=self._session.name)
+            call = self._session.manager.load(
+                record, name=self._session.name, unsigned=is_unsigned(manifest)
+            )
             if call is None:
                 return None
             calls.append(call)

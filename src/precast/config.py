@@ -67,6 +67,12 @@ def _is_named(value: object) -> bool:
     return value != "" and not isinstance(value, (bool, int, float))
 
 
+def _is_list_of_names(value: object) -> bool:
+    """Tell a path or text, or several, from anything else."""
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(several) and all(one != "" and isinstance(one, _PATHS) for one in several)
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -81,6 +87,22 @@ SETTINGS: dict[str, Setting] = {
         accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
         remedy="Give a folder that this user may write, or leave it out",
     ),
+    "bundle": Setting(
+        wanted="a path, several as a tuple or separated by commas, or None",
+        accepts=lambda value: value is None or _is_list_of_names(value),
+        remedy="Give files that `precast bundle create` wrote",
+    ),
+    "signing_key": Setting(
+        wanted="the path of a private key, or None",
+        accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
+        remedy="Make one: openssl genpkey -algorithm ed25519 -out FILE",
+    ),
+    "trusted_keys": Setting(
+        wanted="public keys or paths of them, as a tuple or separated by commas",
+        accepts=lambda value: value == () or _is_list_of_names(value),
+        remedy="Write each as `ed25519:<base64>`, or as the path of its .pub file",
+    ),
+    "allow_unsigned": _flag(),
     "max_compile_time": Setting(
         wanted="a positive number of seconds",
         accepts=lambda value: _is_number(value) and 0 < value < float("inf"),
@@ -143,6 +165,10 @@ class CompilationConfig(Value, kw_only=True):
     compilation_level: Literal["none", "full", "piecewise"] = "piecewise"
     disable_compile_cache: bool = False
     cache_dir: str | os.PathLike[str] | None = None  # None: `default_cache_dir()`.
+    bundle: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...] | None = None
+    signing_key: str | os.PathLike[str] | None = None  # What is published is signed with it.
+    trusted_keys: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...] = ()
+    allow_unsigned: bool = False  # Shared tiers and bundles: run code that nobody signed.
     max_compile_time: float = 600.0  # Seconds for one piece.
     compiler: object = "auto"
     mode: Literal["blocking", "progressive", "cache_only"] = "blocking"
@@ -175,6 +201,14 @@ class CompilationConfig(Value, kw_only=True):
         from pathlib import Path
 
         return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+    def bundle_paths(self) -> list[str]:
+        """Return the bundles to read, in order."""
+        return [os.path.expanduser(path) for path in _several(self.bundle)]  # noqa: PTH111
+
+    def trusted_key_sources(self) -> list[str]:
+        """Return public keys, and paths of them."""
+        return _several(self.trusted_keys)
 
     def num_compile_workers(self) -> int:
         """Return how many pieces compile side by side: `compile_threads`, or the usable cores."""
@@ -363,6 +397,15 @@ def _read_toml(path: Path | None, *tables: str) -> dict[str, Any]:
             str(path),
         )
     return found
+
+
+def _several(value: Any) -> list[str]:
+    """Return a setting's paths or texts: one by one, or separated by commas in one text."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [os.fspath(one) for one in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
 def _check(name: str, value: object, origin: str) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from precast.cache.trust import is_unsigned
 from precast.errors import CompileError, ConfigError, PrecastError, Reason
 from precast.events import (
+    ArtifactRefused,
     CompileStarted,
     Emit,
     PieceCompiled,
@@ -150,14 +152,25 @@ class CompilerManager:
 
     # -- the work -------------------------------------------------------------
 
-    def load(self, record: Mapping[str, Any], *, name: str = "") -> CompiledCallable | None:
+    def load(
+        self, record: Mapping[str, Any], *, name: str = "", unsigned: bool = False
+    ) -> CompiledCallable | None:
         """Return the code that a record stands for; None where its files are not sound.
+
+        Args:
+            record: Of an artifact.
+            name: Of the piece, for reports.
+            unsigned: Nobody trusted vouches for the record. Then nothing is unpickled,
+                whatever the settings are: None for a compiler that would.
 
         Raises:
             PrecastError: The files are sound and yet cannot be loaded here.
         """
         started = self._clock()
         compiler = self.make_compiler(record["compiler"])
+        if (unsigned or is_unsigned(record)) and getattr(compiler, "unpickles", True):
+            self._emit(ArtifactRefused("cache", record["key"], _pickle_reason(compiler.name)))
+            return None
         files = record["files"]
         paths = self._loader.files(files) if files else {}
         if paths is None:
@@ -202,13 +215,14 @@ class CompilerManager:
     @staticmethod
     def _record(key: str, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            return {
+            record = {
                 "key": key,
                 "compiler": manifest["compiler"],
                 "details": manifest["details"],
                 "files": manifest["files"],
                 "seconds": manifest["seconds"],
             }
+            return {**record, "unsigned": True} if is_unsigned(manifest) else record
         except KeyError:
             return None  # Another format: a miss.
 
@@ -389,7 +403,18 @@ class CompilerManager:
 
     def save(self, key: str, payload: Mapping[str, Any]) -> None:
         """Publish what is no artifact of a piece: an assembly."""
+        if any(is_unsigned(record) for record in payload["pieces"]):
+            payload = {**payload, "unsigned": True}  # Nobody vouches for the whole either.
         self._storage.publish(key, payload, {})
+
+
+def _pickle_reason(compiler: str) -> Reason:
+    return Reason(
+        "untrusted",
+        f"an artifact of {compiler} is not used: loading it unpickles, and nobody signed it",
+        "Have it signed by a trusted key (`signing_key` where it is published); "
+        "`allow_unsigned` does not admit it",
+    )
 
 
 class _PathOf:

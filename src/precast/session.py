@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from precast.cache import CacheLoader, CacheStorage, open_cache
+from precast.cache.trust import NO_KEYS, Trust, open_trust
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
-from precast.graph.key import HashComputer
+from precast.graph.key import HashComputer, toolchain_parts
 from precast.manager import CompilerManager, check_compiler
 from precast.monitoring.log import LogListener
 
 if TYPE_CHECKING:
     from precast.background.service import CompileService
+    from precast.cache.interface import CacheInterface
 
 
 class Session:
@@ -51,6 +53,8 @@ class Session:
             disabled=config.disable_compile_cache,
             emit=self.emit,
             clock=time.perf_counter,
+            further_tiers=_open_bundles(config),
+            trust=NO_KEYS if is_disabled else _open_trust(config),
         )
         self.manager = CompilerManager(
             config, self.loader, self.storage, self.emit, self._make_service
@@ -113,6 +117,24 @@ def open_session(
     resolved = read_config(config, **settings)
     check_compiler(resolved.config.compiler)
     return Session(name, resolved.config, resolved.origins, resolved.is_disabled, listeners)
+
+
+def _open_trust(config: CompilationConfig) -> Trust:
+    return open_trust(
+        signing_key=config.signing_key,
+        trusted_keys=config.trusted_key_sources(),
+        allow_unsigned=config.allow_unsigned,
+    )
+
+
+def _open_bundles(config: CompilationConfig) -> list[CacheInterface]:
+    """Return the bundles that the settings name, as tiers."""
+    paths = config.bundle_paths()
+    if not paths:
+        return []
+    from precast.cache.bundle import BundleCache
+
+    return [BundleCache(path, parts_of=toolchain_parts) for path in paths]
 
 
 def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:

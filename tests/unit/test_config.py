@@ -23,6 +23,10 @@ UNUSABLE = {
     "compilation_level": "half",
     "disable_compile_cache": "yes",
     "cache_dir": "",
+    "bundle": ("a.bundle", ""),
+    "signing_key": 7,
+    "trusted_keys": None,
+    "allow_unsigned": "perhaps",
     "max_compile_time": 0,
     "compiler": None,
     "mode": "fast",
@@ -76,6 +80,16 @@ def test_an_unknown_setting_gets_the_nearest_name() -> None:
         CompilationConfig(compile_thread=4)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="Did you mean 'mode'"):
         resolve(mod="blocking")
+
+
+@pytest.mark.parametrize("value", [("a", Path("b")), ["a", "b"], "a, b", "a,b,"])
+def test_keys_and_bundles_can_be_several(value: object) -> None:
+    config = CompilationConfig(bundle=value, trusted_keys=value)  # type: ignore[arg-type]
+    assert config.bundle_paths() == ["a", "b"]
+    assert config.trusted_key_sources() == ["a", "b"]
+    given = resolve(environ={"PRECAST_TRUSTED_KEYS": "ed25519:x,/keys/y.pub"}).config
+    assert given.trusted_key_sources() == ["ed25519:x", "/keys/y.pub"]
+    assert CompilationConfig().bundle_paths() == []
 
 
 def test_a_config_is_frozen_and_pickles() -> None:

@@ -3,18 +3,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from precast.cache import open_cache
+from precast.cache import DiskCache, open_cache
+from precast.cache.trust import NO_KEYS, SigningKey, Trust
 from precast.compilers.interface import CompiledPiece
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.config import CompilationConfig
 from precast.errors import CompileError, CompileTimeoutError, ConfigError
-from precast.events import Event, PieceCompiled, PieceFailed, PieceLoaded
+from precast.events import ArtifactRefused, Event, PieceCompiled, PieceFailed, PieceLoaded
 from precast.graph.piece import Piece
 from precast.manager import CompilerManager, check_compiler
 from unit.compilers.example_pieces import TINY
@@ -84,16 +86,35 @@ class HereService:
         self.num_closed += 1
 
 
+class SharedCache(DiskCache):
+    """A tier that others may write to."""
+
+    is_shared = True
+
+
 class Setup:
-    def __init__(self, root: Path, compiler: Planted, answer: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        compiler: Any,
+        answer: Any = None,
+        shared: Path | None = None,
+        trust: Trust = NO_KEYS,
+        **settings: Any,
+    ) -> None:
         self.events: list[Event] = []
         config = CompilationConfig(compiler=compiler, **settings)
         self.service = HereService(compiler, answer)
-        loader, storage = open_cache(
-            root, disabled=False, emit=self.events.append, clock=time.perf_counter
+        self.loader, storage = open_cache(
+            root,
+            disabled=False,
+            emit=self.events.append,
+            clock=time.perf_counter,
+            further_tiers=[] if shared is None else [SharedCache(shared, name="shared")],
+            trust=trust,
         )
         self.manager = CompilerManager(
-            config, loader, storage, self.events.append, lambda: self.service
+            config, self.loader, storage, self.events.append, lambda: self.service
         )
 
     def kinds(self, *wanted: type) -> list[str]:
@@ -141,6 +162,87 @@ def test_damaged_files_are_compiled_anew(tmp_path: Path) -> None:
     [result] = again.manager.compile([TINY], ["tiny"])
     assert len(again.service.jobs) == 1
     assert result.call(X)[0].sum() == 12
+
+
+class PlantedWithoutPickle(Planted):
+    unpickles = False
+
+
+@pytest.mark.parametrize("kind", [Planted, PlantedWithoutPickle])
+def test_of_a_shared_tier_only_what_is_signed_is_loaded(
+    tmp_path: Path, kind: type[Planted]
+) -> None:
+    key = SigningKey(b"k" * 32)
+    shared = tmp_path / "shared"
+    Setup(tmp_path / "a", kind(), shared=shared, trust=Trust(signing_key=key)).manager.compile(
+        [TINY], ["tiny"]
+    )
+    stranger = Setup(tmp_path / "b", kind(), shared=shared)
+    assert not stranger.manager.compile([TINY], ["tiny"])[0].from_cache
+    assert stranger.kinds(ArtifactRefused) == ["ArtifactRefused"]
+    Setup(tmp_path / "c", kind(), shared=shared, trust=Trust(signing_key=key)).manager.compile(
+        [TINY], ["tiny"]
+    )  # The stranger's has taken its place, unsigned; this one signs it again.
+    friend = Setup(tmp_path / "d", kind(), shared=shared, trust=Trust({key.key_id: key.public_key}))
+    [result] = friend.manager.compile([TINY], ["tiny"])
+    assert result.from_cache
+    assert result.record is not None
+    assert "unsigned" not in result.record
+
+
+def test_nothing_unsigned_is_unpickled_whatever_the_settings(tmp_path: Path) -> None:
+    """A compiler that does not say that it does without pickles is taken to need them."""
+    shared = tmp_path / "shared"
+    Setup(tmp_path / "a", Planted(), shared=shared).manager.compile([TINY], ["tiny"])
+    for _ in range(2):  # The second time, the marked copy in the own tier.
+        compiler = Planted()
+        admitted = Setup(tmp_path / "b", compiler, shared=shared, trust=Trust(allow_unsigned=True))
+        piece_key = admitted.manager.compute_hash_keys(TINY, compiler).digest
+        assert admitted.manager.find(TINY, "tiny") is None
+        assert compiler.num_loads == 0
+        [event] = [event for event in admitted.events if isinstance(event, ArtifactRefused)]
+        assert event.key == piece_key
+        assert event.reason.code == "untrusted"
+        assert "unpickles" in event.reason.message
+
+
+@pytest.mark.parametrize("is_marked", ["record", "assembly"])
+def test_inductors_own_artifact_is_not_opened_unsigned(tmp_path: Path, is_marked: str) -> None:
+    """Its file holds pickles, which torch loads. Here it is not so much as looked at."""
+    artifact = b"not what torch expects: opening it would raise"
+    setup = Setup(tmp_path / "a", "inductor_standalone", trust=Trust(allow_unsigned=True))
+    digest = sha256(artifact).hexdigest()
+    DiskCache(tmp_path / "a").write_blob(digest, artifact)
+    record = {
+        "key": "0123",
+        "compiler": "inductor_standalone",
+        "details": {"entry": "artifact.bin"},
+        "files": {"artifact.bin": digest},
+        "seconds": 1.0,
+        **({"unsigned": True} if is_marked == "record" else {}),
+    }
+    assert setup.manager.load(record, unsigned=is_marked == "assembly") is None
+    assert setup.kinds(ArtifactRefused) == ["ArtifactRefused"]
+
+
+def test_an_assembly_of_unsigned_pieces_is_unsigned(tmp_path: Path) -> None:
+    """Permission for its pieces is needed for it too, and whoever assembled it does not sign it."""
+    shared = tmp_path / "shared"
+    Setup(tmp_path / "a", PlantedWithoutPickle(), shared=shared).manager.compile([TINY], ["tiny"])
+    trust = Trust(signing_key=SigningKey(b"k" * 32), allow_unsigned=True)
+    admitted = Setup(tmp_path / "b", PlantedWithoutPickle(), shared=shared, trust=trust)
+    [result] = admitted.manager.compile([TINY], ["tiny"])
+    assert result.from_cache
+    assert result.call(X)[0].sum() == 12
+    admitted.manager.save("assembly-0", {"pieces": [result.record]})
+    stored = admitted.loader.manifest("assembly-0")
+    assert stored is not None
+    assert stored["unsigned"] is True
+    assert "signature" not in stored
+    later = Setup(
+        tmp_path / "b", PlantedWithoutPickle(), trust=Trust(signing_key=trust.signing_key)
+    )
+    assert later.loader.manifest("assembly-0") is None
 
 
 @pytest.mark.parametrize(

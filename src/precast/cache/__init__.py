@@ -11,12 +11,15 @@ from precast.cache.loader import CacheLoader
 from precast.cache.memory import MemoryCache
 from precast.cache.scratch import ScratchCache
 from precast.cache.storage import CacheStorage
+from precast.cache.trust import NO_KEYS
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from precast.cache.interface import CacheInterface
+    from precast.cache.trust import Trust
     from precast.events import Emit
 
 __all__ = ["CacheLoader", "CacheStorage", "DiskCache", "MemoryCache", "ScratchCache", "open_cache"]
@@ -28,6 +31,8 @@ def open_cache(
     disabled: bool,
     emit: Emit,
     clock: Callable[[], float],
+    further_tiers: Sequence[CacheInterface] = (),
+    trust: Trust = NO_KEYS,
 ) -> tuple[CacheLoader, CacheStorage]:
     """Return what reads and what writes the cache of one model. Touches no disk yet.
 
@@ -38,10 +43,16 @@ def open_cache(
             neither read nor written.
         emit: Is told what happens.
         clock: Seconds, for durations.
+        further_tiers: Asked after the disk tier; left alone where the cache is disabled.
+        trust: Signs what is published, and says what of shared tiers may be used.
     """
     scratch = ScratchCache() if disabled else None
-    tiers = (MemoryCache(), scratch if scratch is not None else DiskCache(cache_dir))
+    tiers: tuple[CacheInterface, ...] = (
+        (MemoryCache(), DiskCache(cache_dir), *further_tiers)
+        if scratch is None
+        else (MemoryCache(), scratch)
+    )
     return (
-        CacheLoader(tiers, emit, clock, scratch=scratch),
-        CacheStorage(tiers, emit, clock),
+        CacheLoader(tiers, emit, clock, scratch=scratch, trust=trust),
+        CacheStorage(tiers, emit, clock, trust=trust),
     )

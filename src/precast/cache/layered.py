@@ -14,7 +14,9 @@ from hashlib import sha256
 from precast.cache.attempt import try_quarantine, try_read, try_write
 from precast.cache.manifest import decode_manifest
 from precast.cache.names import check_digest, check_key
+from precast.cache.trust import NO_KEYS, is_unsigned, mark_unsigned, untrusted_reason
 from precast.errors import ArtifactCorruptError
+from precast.events import ArtifactRefused
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from precast.cache.interface import CacheInterface
+    from precast.cache.trust import Trust
     from precast.events import Emit
 
 
@@ -49,11 +52,18 @@ class LayeredCache:
     name = "layered"
 
     def __init__(
-        self, tiers: Sequence[CacheInterface], emit: Emit, clock: Callable[[], float]
+        self,
+        tiers: Sequence[CacheInterface],
+        emit: Emit,
+        clock: Callable[[], float],
+        *,
+        trust: Trust = NO_KEYS,
     ) -> None:
         self.tiers = tuple(tiers)
         self._emit = emit
         self._clock = clock
+        self.trust = trust
+        self._refused: set[tuple[str, str]] = set()  # Tier and key of what was reported.
 
     @property
     def is_writable(self) -> bool:
@@ -71,22 +81,47 @@ class LayeredCache:
         return any(tier.keeps_files for tier in self.tiers)
 
     def find_manifest(self, key: str) -> FoundManifest | None:
-        """Return the nearest sound manifest of a key, and fill the nearer tiers with it."""
+        """Return the nearest manifest that is sound and may be used; fill nearer tiers with it."""
         check_key(key)
         for i, tier in enumerate(self.tiers):
-            data = try_read(self._emit, tier, tier.read_manifest, key)
-            if data is None:
-                continue
-            try:
-                payload = decode_manifest(key, data, f"{tier.name}:{key}")
-            except ArtifactCorruptError as error:
-                try_quarantine(self._emit, tier, tier.quarantine_manifest, key, error.reason)
+            found = self.find_in(tier, key)
+            if found is None:
                 continue
             for nearer in self.tiers[:i]:
                 if nearer.is_writable:
-                    try_write(self._emit, nearer, nearer.write_manifest, key, data)
-            return FoundManifest(payload, data, tier.name)
+                    try_write(self._emit, nearer, nearer.write_manifest, key, found.data)
+            return found
         return None
+
+    def find_in(self, tier: CacheInterface, key: str) -> FoundManifest | None:
+        """Return the manifest that one tier has, where it is sound and may be used."""
+        data = try_read(self._emit, tier, tier.read_manifest, key)
+        if data is None:
+            return None
+        try:
+            payload = decode_manifest(key, data, f"{tier.name}:{key}")
+        except ArtifactCorruptError as error:
+            try_quarantine(self._emit, tier, tier.quarantine_manifest, key, error.reason)
+            return None
+        problem = self.trust.find_problem(tier, payload)
+        if problem is not None:
+            if not self.trust.allow_unsigned:
+                self._refuse(tier, key, problem)
+                return None
+            if not is_unsigned(payload):
+                try:
+                    payload, data = mark_unsigned(payload)
+                except (ValueError, RecursionError) as error:
+                    self._refuse(tier, key, str(error))
+                    return None
+        return FoundManifest(payload, data, tier.name)
+
+    def _refuse(self, tier: CacheInterface, key: str, problem: str) -> None:
+        """Leave a manifest where it is, since it may be good for others, and say so once."""
+        if (tier.name, key) not in self._refused:
+            self._refused.add((tier.name, key))
+            what = f"{tier.name}:{key}"
+            self._emit(ArtifactRefused(tier.name, key, untrusted_reason(what, problem)))
 
     def read_manifest(self, key: str) -> bytes | None:
         found = self.find_manifest(key)

@@ -16,15 +16,17 @@ from precast.cache.attempt import report_failure, try_quarantine, try_read, try_
 from precast.cache.layered import LayeredCache
 from precast.cache.names import is_digest, is_file_name
 from precast.cache.scratch import ScratchCache
+from precast.cache.trust import NO_KEYS
 from precast.errors import ArtifactCorruptError
 from precast.events import CacheHit, CacheMiss, TierFailed
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from precast.cache.interface import CacheInterface
+    from precast.cache.trust import Trust
     from precast.events import Emit
 
 _CHUNK_BYTES = 1 << 20
@@ -47,13 +49,15 @@ class CacheLoader:
         clock: Callable[[], float],
         *,
         scratch: ScratchCache | None = None,
+        trust: Trust = NO_KEYS,
     ) -> None:
         """Read from `tiers`, nearest first.
 
         Args:
             scratch: The private directory, where there is one already; closed by `close`.
+            trust: Which manifests of shared tiers may be used.
         """
-        self._layered = LayeredCache(tiers, emit, clock)
+        self._layered = LayeredCache(tiers, emit, clock, trust=trust)
         self._emit = emit
         self._clock = clock
         self._scratch = scratch
@@ -63,11 +67,14 @@ class CacheLoader:
         self._sound_files: dict[tuple[int, int, int, int], str] = {}
 
     def manifest(self, key: str) -> dict[str, Any] | None:
-        """Return a manifest's payload, or None where no tier has a sound one."""
+        """Return a manifest's payload, or None where no tier has a sound one that may be used.
+
+        One that nobody trusted vouches for, and which `allow_unsigned` admits, has `unsigned` set.
+        """
         started_s = self._clock()
         found = self._layered.find_manifest(key)
         if found is None:
-            self._emit(CacheMiss(key, "no tier has a sound manifest"))
+            self._emit(CacheMiss(key, "no tier has a sound manifest that may be used"))
             return None
         self._emit(CacheHit(key, found.tier, self._clock() - started_s, len(found.data)))
         return found.payload
@@ -109,6 +116,15 @@ class CacheLoader:
             if fetched.get(digest, b"") is None:
                 self._emit(CacheMiss(digest, "no tier has a sound blob"))
         return None
+
+    def save_bundle(
+        self, path: str | os.PathLike[str], keys: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """Write what some keys need, or everything, into one file: see `bundle.create_bundle`."""
+        from precast.cache.bundle import create_bundle
+
+        layered = self._layered
+        return create_bundle(path, layered.tiers, keys, trust=layered.trust, emit=self._emit)
 
     def close(self) -> None:
         """Remove the private directory; paths that were handed out from there are gone."""

@@ -28,7 +28,7 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 32 << 20
 
 #: What `complete_payload` adds; a payload may not bring these itself.
-RESERVED_FIELDS = ("files", "format", "key", "sizes")
+RESERVED_FIELDS = ("files", "format", "key", "signature", "sizes")
 
 _MAGIC = b"precast-manifest %d " % FORMAT
 _HEADER_BYTES = len(_MAGIC) + 64 + 1
@@ -58,13 +58,22 @@ def encode_manifest(payload: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError, TypeError: The payload cannot be written as JSON, or is too large.
     """
-    body = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    body = encode_body(payload)
     if _HEADER_BYTES + len(body) > MAX_MANIFEST_BYTES:
         raise ValueError(
             f"a manifest of {len(body)} bytes would not be read again (at most "
             f"{MAX_MANIFEST_BYTES}); put what is large into a file"
         )
     return _MAGIC + sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def encode_body(payload: Mapping[str, Any]) -> bytes:
+    """Return plain values as the one JSON text that they have here.
+
+    Raises:
+        ValueError, TypeError: They cannot be written as JSON.
+    """
+    return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode_manifest(key: str, data: bytes, where: str) -> dict[str, Any]:
@@ -92,12 +101,16 @@ def decode_manifest(key: str, data: bytes, where: str) -> dict[str, Any]:
     if found.encode() != expected:
         raise ArtifactCorruptError(where, f"digest {expected.decode('ascii', 'replace')}", found)
     try:
-        payload = json.loads(bytes(body))
+        payload = json.loads(bytes(body), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # Deep nesting is a RecursionError.
         raise ArtifactCorruptError(where, "JSON", str(error)) from error
     if problem := _find_problem(key, payload):
         raise ArtifactCorruptError(where, *problem)
     return payload  # type: ignore[no-any-return]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _find_problem(key: str, payload: Any) -> tuple[str, str] | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 
-from precast.cache.attempt import try_quarantine, try_read, try_write
+from precast.cache.attempt import try_quarantine, try_write
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import complete_payload, encode_manifest
 from precast.cache.names import check_key
+from precast.cache.trust import NO_KEYS
 from precast.errors import StoreError
 from precast.events import ArtifactPublished, TierFailed
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from precast.cache.interface import CacheInterface
+    from precast.cache.trust import Trust
     from precast.errors import Reason
     from precast.events import Emit
 
@@ -35,9 +37,19 @@ class CacheStorage:
     """
 
     def __init__(
-        self, tiers: Sequence[CacheInterface], emit: Emit, clock: Callable[[], float]
+        self,
+        tiers: Sequence[CacheInterface],
+        emit: Emit,
+        clock: Callable[[], float],
+        *,
+        trust: Trust = NO_KEYS,
     ) -> None:
-        self._layered = LayeredCache(tiers, emit, clock)
+        """Write to `tiers`.
+
+        Args:
+            trust: Signs what is published, where it has a key.
+        """
+        self._layered = LayeredCache(tiers, emit, clock, trust=trust)
         self._emit = emit
         self._clock = clock
 
@@ -51,8 +63,9 @@ class CacheStorage:
 
         Args:
             key: What it will be found under; an older manifest of that key is replaced.
-            payload: Plain JSON values. `RESERVED_FIELDS` are added: `files`, name to digest, is
-                what `CacheLoader.files` wants.
+            payload: Plain JSON values; with `unsigned` set it is not signed.
+                `RESERVED_FIELDS` are added: `files`, name to digest, is what `CacheLoader.files`
+                wants.
             files: Name to bytes, or to the path of a file that is read now.
 
         Raises:
@@ -61,7 +74,7 @@ class CacheStorage:
         """
         contents = {name: _read_source(source) for name, source in files.items()}
         complete = complete_payload(key, payload, contents)
-        manifest = encode_manifest(complete)
+        manifest = encode_manifest(self._layered.trust.sign(complete))
         blobs = {complete["files"][name]: data for name, data in contents.items()}
         is_kept = False
         for tier in sorted(self._layered.tiers, key=lambda tier: tier.is_in_memory):
@@ -79,11 +92,12 @@ class CacheStorage:
     def quarantine(self, key: str, reason: Reason) -> None:
         """Set aside in each tier what a key names, because it turned out not to be usable.
 
-        For what only shows in use: its bytes are what was stored, so its blobs stay.
+        For what only shows in use: its bytes are what was stored, so its blobs stay. What nobody
+        trusted vouches for was not used, and is left to others.
         """
         check_key(key)
         for tier in self._layered.tiers:
-            if try_read(self._emit, tier, tier.read_manifest, key) is not None:
+            if self._layered.find_in(tier, key) is not None:
                 try_quarantine(self._emit, tier, tier.quarantine_manifest, key, reason)
 
     def _store(

@@ -24,6 +24,7 @@ class AOTInductorAdaptor:
 
     name = "aot_inductor"
     is_saveable = True
+    unpickles = False
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version, to be raised with every change of options or format."""

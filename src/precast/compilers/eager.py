@@ -19,6 +19,7 @@ class EagerAdaptor:
 
     name = "eager"
     is_saveable = True
+    unpickles = False
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version; there are no options."""

@@ -20,6 +20,7 @@ class InductorAdaptor:
 
     name = "inductor"
     is_saveable = False
+    unpickles = False
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version, to be raised with every change of options."""

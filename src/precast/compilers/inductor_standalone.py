@@ -22,6 +22,7 @@ class InductorStandaloneAdaptor:
 
     name = "inductor_standalone"
     is_saveable = True
+    unpickles = True
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version, to be raised with every change of options or format."""

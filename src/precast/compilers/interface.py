@@ -39,6 +39,9 @@ class CompilerInterface(Protocol):
 
     name: str
     is_saveable: bool  # False: `load` compiles anew, in the process that runs the piece.
+    # False: `load` unpickles nothing, so that `allow_unsigned` may admit what nobody signed. A
+    # compiler that does not say so is taken to unpickle.
+    unpickles: bool
 
     def identity(self) -> Mapping[str, str]:
         """Return what makes two compilers interchangeable: version and options, for the key.

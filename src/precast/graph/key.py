@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from precast.machine import cpu_flags, python_identity
 
 # A step of this number makes every older artifact a miss.
 KEY_VERSION = 1
@@ -74,7 +75,7 @@ class HashComputer:
                 "config": dict(config),
                 "passes": list((passes or {}).items()),
                 # The code around the graph is bytecode, good for one Python only.
-                "python": f"{sys.implementation.cache_tag} {sys.version_info[:3]}",
+                "python": python_identity(),
                 **self._toolchain,
             }
         )
@@ -117,18 +118,4 @@ def cpu_identity() -> str:
 
     import torch
 
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()}"
-
-
-def _cpu_flags() -> str:
-    try:
-        with open("/proc/cpuinfo", "rb") as file:  # noqa: PTH123 - no need of pathlib's import.
-            # The first processor's entry; the file is made while it is read, page by page.
-            text = file.read(8192)
-    except OSError:
-        return ""
-    for line in text.splitlines():
-        if line.startswith((b"flags", b"Features")):
-            flags = b" ".join(sorted(line.partition(b":")[2].split()))
-            return hashlib.sha256(flags).hexdigest()[:16]
-    return ""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {cpu_flags()}"

@@ -31,6 +31,7 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_cache_misses": (events.CacheMiss, _one),
     "num_tier_failures": (events.TierFailed, _one),
     "num_quarantined": (events.ArtifactQuarantined, _one),
+    "num_refused": (events.ArtifactRefused, _one),
     "num_published": (events.ArtifactPublished, _one),
     "num_assemblies_loaded": (events.AssemblyLoaded, _one),
     "num_assemblies_published": (events.AssemblyPublished, _one),
@@ -68,6 +69,7 @@ class CompilationCounter:
     num_cache_misses: int
     num_tier_failures: int
     num_quarantined: int
+    num_refused: int
     num_published: int
     num_assemblies_loaded: int
     num_assemblies_published: int

@@ -40,7 +40,7 @@ class LogListener:
                 self._warn(part, event.reason)
             case events.PieceFailed() | events.VerifyMismatched():
                 self._warn(event.piece, event.reason)
-            case events.TierFailed() | events.ArtifactQuarantined():
+            case events.TierFailed() | events.ArtifactQuarantined() | events.ArtifactRefused():
                 self._warn(f"cache tier {event.tier}", event.reason)
             case events.AssemblyRevalidated(is_valid=False):
                 self._logger.warning(
