@@ -28,6 +28,7 @@ PUBLIC_NAMES = [
     "SplitAtOps",
     "compile",
     "release",
+    "save_bundle",
     "status",
     "wait",
 ]
@@ -46,6 +47,11 @@ ERRORS: list[PrecastError] = [
     errors.ArtifactCorruptError("cas/ab", "digest 1", "digest 2"),
     errors.ArtifactIncompatibleError("cas/ab", "avx512", "avx2"),
     VerifyMismatchError("layer", "inductor", "output 0 is off by 1"),
+    errors.BundleError("a.bundle", "it is cut off"),
+    errors.BundleIncompatibleError("a.bundle", "it is for sm_90"),
+    errors.BundleIncompleteError("a.bundle", "no tier has 0123"),
+    errors.BundleUntrustedError("a.bundle", "it is not signed"),
+    errors.UnsafeStoreError("disk", "read blob", "it belongs to user 7", "chown it"),
     errors.StoreError("disk", "write", "No space left on device"),
 ]
 
@@ -117,7 +123,8 @@ def test_every_folder_is_a_package() -> None:
         ("precast.config, precast.events", ["torch", "typing", "dataclasses", "pathlib"]),
         ("precast.plugins, precast.monitoring.counter, precast.monitoring.log", ["torch"]),
         ("precast.monitoring.progress", ["torch", "rich"]),
-        ("precast.cache", ["torch"]),
+        ("precast.cache", ["torch", "cryptography", "precast.cache.bundle"]),
+        ("precast.cache.bundle, precast.cache.trust", ["torch", "cryptography"]),
     ],
 )
 def test_imports_stay_light(module: str, absent: list[str]) -> None:

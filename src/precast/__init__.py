@@ -8,7 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # As in `values.py`: not from `typing`, which is dear to import.
 if TYPE_CHECKING:
-    from precast.api import compile, release, status, wait
+    from precast.api import compile, release, save_bundle, status, wait
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
@@ -25,6 +25,7 @@ __all__ = [
     "SplitAtOps",
     "compile",
     "release",
+    "save_bundle",
     "status",
     "wait",
 ]
@@ -37,6 +38,7 @@ _HOME = {
     "SplitAtOps": "precast.split.at_ops",
     "compile": "precast.api",
     "release": "precast.api",
+    "save_bundle": "precast.api",
     "status": "precast.api",
     "wait": "precast.api",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -144,6 +145,29 @@ def status(model: Any) -> dict[str, Any]:
         )
         return {"model": type(model).__name__, "assemblies": [], "reasons": [reason.as_dict()]}
     return describe(compiled)
+
+
+def save_bundle(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write what a warm start of a compiled model needs into one file.
+
+    Each kind of call that the model has served so far is in it. Elsewhere it is read where it
+    lies, with the setting `bundle`, or copied into a cache by `precast.cache.bundle.load_bundle`.
+    It is signed where `signing_key` is set; without, readers need `allow_unsigned`.
+
+    Returns:
+        `path`, `bytes`, and how many `manifests` and `blobs`.
+
+    Raises:
+        PrecastError: The model has nothing that can be kept, or the file cannot be written.
+    """
+    from precast.cache.bundle import keys_of
+    from precast.errors import BundleIncompleteError
+
+    compiled = _compiled_of(model)
+    keys = [] if compiled is None else keys_of(describe(compiled))
+    if compiled is None or not keys:
+        raise BundleIncompleteError(os.fspath(path), "the model has served no call compiled")
+    return compiled.session.loader.save_bundle(path, keys)
 
 
 def wait(model: Any, timeout: float | None = None) -> bool:

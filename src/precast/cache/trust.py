@@ -8,7 +8,6 @@ from the user's own tiers never pays for it. `docs/security.md` says what this p
 
 from __future__ import annotations
 
-import binascii
 import os
 
 from precast.cache.manifest import encode_body, encode_manifest
@@ -375,6 +374,8 @@ def _import_ed25519(field: str) -> tuple[Any, Any, type[Exception]]:
 
 
 def _to_base64(data: bytes) -> str:
+    import binascii  # Here, because most starts need no keys.
+
     return binascii.b2a_base64(data, newline=False).decode()
 
 
@@ -384,6 +385,8 @@ def _from_base64(text: object) -> bytes:
     Raises:
         ValueError: It is in another.
     """
+    import binascii
+
     if not isinstance(text, str):
         raise ValueError("not a text")
     data = binascii.a2b_base64(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.cache import CacheLoader, CacheStorage, open_cache
+from precast.cache.trust import SigningKey
 from precast.events import Event
 
 
@@ -28,6 +29,18 @@ def clock() -> Callable[[], float]:
 def root(tmp_path: Path) -> Path:
     """Return where the disk tier of `open_pair` lies; not made yet."""
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def key() -> SigningKey:
+    """Return a private key, always the same."""
+    return SigningKey(b"k" * 32)
+
+
+@pytest.fixture(scope="session")
+def other_key() -> SigningKey:
+    """Return another private key."""
+    return SigningKey(b"o" * 32)
 
 
 OpenPair = Callable[[], tuple[CacheLoader, CacheStorage]]

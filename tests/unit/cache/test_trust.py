@@ -67,16 +67,6 @@ def fleet(tmp_path: Path, events: list[Event]) -> Fleet:
     return Fleet(tmp_path, events)
 
 
-@pytest.fixture(scope="module")
-def key() -> SigningKey:
-    return SigningKey(b"k" * 32)
-
-
-@pytest.fixture(scope="module")
-def other_key() -> SigningKey:
-    return SigningKey(b"o" * 32)
-
-
 def trusting(*keys: SigningKey, **settings: Any) -> Trust:
     return Trust({key.key_id: key.public_key for key in keys}, **settings)
 
