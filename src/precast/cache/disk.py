@@ -54,11 +54,14 @@ class DiskCache:
     that belongs to another user (root excepted), or that others may write to, is neither read nor
     written, since whoever can write to it can run code here: `UnsafeStoreError`.
 
+    Where `is_shared` is set others may write to it. Then signatures decide (`trust.py`), and no
+    file is opened where it lies: its bytes could change after they were checked.
+
     Source: follows `CacheInterface`, where the methods are described.
     """
 
     is_in_memory = False
-    keeps_files = True
+    is_shared = False
 
     def __init__(self, root: str | os.PathLike[str], *, name: str = "disk") -> None:
         self.name = name
@@ -72,6 +75,11 @@ class DiskCache:
         self._swept_at_s: float | None = None
         self._is_vetted = False
         self._is_private = False  # Others cannot even enter; then modes within do not matter.
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether blobs may be opened where they lie."""
+        return not self.is_shared
 
     @property
     def is_writable(self) -> bool:
@@ -131,6 +139,8 @@ class DiskCache:
 
     def local_blob_path(self, digest: str) -> str | None:
         check_digest(digest)
+        if self.is_shared:
+            return None
         path = self._blob_path(digest)
         with self._store_errors("look for blob"):
             try:
@@ -140,10 +150,12 @@ class DiskCache:
             # Checked now and opened a moment later: nobody else may change it in between.
             return None if stat.S_ISLNK(found.st_mode) or self._is_exposed(found) else path
 
-    def link_tree(self, files: Mapping[str, str]) -> str:
+    def link_tree(self, files: Mapping[str, str]) -> str | None:
         for name, digest in files.items():
             check_file_name(name)
             check_digest(digest)
+        if self.is_shared:
+            return None
         listing = "".join(f"{files[name]} {name}\n" for name in sorted(files))
         directory = os.path.join(self._trees, sha256(listing.encode()).hexdigest())
         with self._store_errors("link tree"):
@@ -185,7 +197,9 @@ class DiskCache:
 
     def _is_exposed(self, found: os.stat_result) -> bool:
         """Whether somebody else wrote a file, or may write to it."""
-        return not self._is_private and (not _is_own(found) or bool(found.st_mode & _OTHERS_WRITE))
+        return not (self._is_private or self.is_shared) and (
+            not _is_own(found) or bool(found.st_mode & _OTHERS_WRITE)
+        )
 
     def _check_file(self, path: str, found: os.stat_result) -> None:
         """Refuse a manifest that somebody else wrote or may write to.
@@ -201,7 +215,7 @@ class DiskCache:
     @contextmanager
     def _store_errors(self, operation: str) -> Iterator[None]:
         try:
-            if not self._is_vetted:
+            if not self._is_vetted and not self.is_shared:
                 self._vet(operation)
             yield
         except OSError as error:

@@ -191,7 +191,7 @@ def open_trust(
 
 def is_shared(tier: CacheInterface) -> bool:
     """Whether others than this user may write to a tier."""
-    return bool(getattr(tier, "is_shared", False))
+    return bool(getattr(tier, "is_shared", False))  # Tiers of this process alone need not say.
 
 
 def is_unsigned(payload: Mapping[str, Any]) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from precast.cache import DiskCache, open_cache
+from precast.cache import CacheLoader, CacheStorage, DiskCache, open_cache
+from precast.cache.interface import CacheInterface
+from precast.cache.trust import SigningKey, Trust
 from precast.errors import UnsafeStoreError
 from precast.events import ArtifactQuarantined, Event, TierFailed
-from precast.testing import BLOB, DIGEST, KEY
+from precast.testing import BLOB, DIGEST, KEY, CacheContract
 
 STRANGER = 4242
 FILES = {"piece.so": BLOB}
@@ -111,6 +113,38 @@ def test_what_others_could_have_written_is_not_read(
         assert not paths["piece.so"].startswith(str(tmp_path))
         assert Path(paths["piece.so"]).read_bytes() == BLOB
     loader.close()
+
+
+class SharedCache(DiskCache):
+    is_shared = True
+
+
+class TestSharedFolder(CacheContract):
+    """A folder that others write to as well, which is a tier like any shared one."""
+
+    def make_cache(self, tmp_path: Path) -> CacheInterface:
+        return SharedCache(tmp_path / "root")
+
+
+@pytest.mark.parametrize("change", [world_writable, bucket_writable, manifest_writable])
+def test_of_a_shared_folder_signatures_decide_and_nothing_is_opened_in_place(
+    tmp_path: Path, events: list[Event], key: SigningKey, change: Callable[[Path], None]
+) -> None:
+    root = tmp_path / "shared"
+    CacheStorage(
+        [SharedCache(root)], events.append, lambda: 0.0, trust=Trust(signing_key=key)
+    ).publish(KEY, {}, FILES)
+    change(root)
+    tiers = [DiskCache(tmp_path / "own"), SharedCache(root, name="shared")]
+    trust = Trust({key.key_id: key.public_key})
+    payload = CacheLoader(tiers, events.append, lambda: 0.0, trust=trust).manifest(KEY)
+    assert payload is not None
+    loader = CacheLoader(tiers[1:], events.append, lambda: 0.0, trust=trust)
+    paths = loader.files(payload["files"])
+    assert paths is not None
+    assert not paths["piece.so"].startswith(str(tmp_path))
+    loader.close()
+    assert CacheLoader(tiers[1:], events.append, lambda: 0.0).manifest(KEY) is None
 
 
 def test_it_is_read_again_once_it_is_closed_to_others(tmp_path: Path) -> None:
