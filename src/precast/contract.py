@@ -21,7 +21,7 @@ from typing import Any
 
 from precast.errors import Reason
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 # Modules of torch and the standard library's builtins are fixed by the torch and Python
 # builds, which are in the key: what tracing read of them is not checked again.
@@ -67,6 +67,8 @@ def encode(value: Any) -> Any:
         return ["function", f"{value.__module__}:{value.__qualname__}", digest_code(value.__code__)]
     if kind is types.CodeType:
         return ["code", digest_code(value)]
+    if kind is types.MethodType and isinstance(value.__self__, type):
+        return ["classmethod", encode(value.__self__), value.__name__, encode(value.__func__)]
     if kind is types.MethodType:
         return ["method", encode(value.__func__)]
     if kind in (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType):
@@ -233,8 +235,8 @@ class Contract:
     of), "n" (length). Parents -1, -2 and -3 are the roots `L` (the function's bound locals: the
     model, closure cells), `G` (globals) and `T` (a class).
     `checks` is a list of `[node, kind, payload]`. `weights` are the nodes of the tensors
-    that the execution code gets bound, `specs` theirs. `hooks` names the sub-modules that
-    had forward hooks when the model was captured.
+    that the execution code gets bound, `specs` theirs. `hooks` are the forward hooks of
+    sub-modules that had any (`hooks_of`).
     """
 
     __slots__ = (
@@ -260,7 +262,7 @@ class Contract:
         files: list[list[str]],
         imports: dict[str, str],
         state: dict[str, Any],
-        hooks: list[str],
+        hooks: dict[str, Any],
     ) -> None:
         self.nodes = nodes
         self.checks = checks
@@ -484,7 +486,7 @@ def _bind(
 
     hook_dicts: list[Any] = []
     if isinstance(owner, torch.nn.Module):
-        hook_dicts = _hook_dicts(owner, contract.hooks)
+        hook_dicts = _hook_dicts(owner, contract.hooks, places, sized)
     return Binding(
         weights=weights,
         places=places,
@@ -506,7 +508,36 @@ def _require_own_forward(kind: type, places: list[tuple[Any, Any, Any]]) -> None
             return
 
 
-def _hook_dicts(owner: Any, allowed: list[str]) -> list[Any]:
+def hooks_of(module: Any) -> list[Any]:
+    """Return the forward hooks of a sub-module as data, in the order in which they run.
+
+    Tracing went through them, and Dynamo's guards leave out which ones they were.
+
+    Raises:
+        Unrecordable: One of them is no plain function: it may have a state of its own.
+    """
+    found: list[Any] = []
+    for when, hooks in (("before", module._forward_pre_hooks), ("after", module._forward_hooks)):
+        with_kwargs = (
+            module._forward_pre_hooks_with_kwargs
+            if when == "before"
+            else module._forward_hooks_with_kwargs
+        )
+        for key, hook in hooks.items():
+            if type(hook) is not types.FunctionType or hook.__closure__:
+                raise Unrecordable(f"the hook {hook!r} is no plain function")
+            defaults = encode((hook.__defaults__, hook.__kwdefaults__))
+            always = key in module._forward_hooks_always_called
+            found.append([when, encode(hook), defaults, key in with_kwargs, always])
+    return found
+
+
+def _hook_dicts(
+    owner: Any,
+    allowed: Mapping[str, Any],
+    places: list[tuple[Any, Any, Any]],
+    sized: list[Any],
+) -> list[Any]:
     import torch.nn.modules.module as module_module
 
     found: list[Any] = [
@@ -519,10 +550,33 @@ def _hook_dicts(owner: Any, allowed: list[str]) -> list[Any]:
         # The model's own hooks are run around the compiled call, see `runtime/dispatch`.
         if name:
             hooks = (module._forward_hooks, module._forward_pre_hooks)
+            found.extend(hooks)
             if any(hooks) != (name in allowed):
                 raise Mismatch(f"the hooks of {name} have changed")
-            found.extend(hooks)
+            if any(hooks):
+                _watch_hooks(name, module, allowed[name], places, sized)
     return found
+
+
+def _watch_hooks(
+    name: str,
+    module: Any,
+    expected: Any,
+    places: list[tuple[Any, Any, Any]],
+    sized: list[Any],
+) -> None:
+    try:
+        is_same = hooks_of(module) == expected
+    except Unrecordable:
+        is_same = False
+    if not is_same:
+        raise Mismatch(f"the hooks of {name} have changed")
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        sized.append(hooks)
+        for key, hook in hooks.items():
+            places.append((hooks, key, hook))
+            for part in ("__code__", "__defaults__", "__kwdefaults__"):
+                places.append((_Attributes(hook), part, getattr(hook, part)))
 
 
 def state_guard() -> Callable[[], bool]:
@@ -776,6 +830,11 @@ def decode(data: Any) -> Any:
             except AttributeError as error:
                 raise LookupError(data[1]) from error
             return found
+        case "classmethod":
+            try:
+                return getattr(decode(data[1]), data[2])
+            except AttributeError as error:
+                raise LookupError(repr(data)) from error
         case "dtype" | "layout" | "memory_format":
             return getattr(_module("torch"), data[1].removeprefix("torch."))
         case "device":

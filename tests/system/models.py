@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -124,6 +124,30 @@ def make_net(**settings: Any) -> Net:
     """Return a net whose weights do not depend on how many there are of it."""
     torch.manual_seed(0)
     return Net(**settings).eval()
+
+
+class Pair(NamedTuple):
+    """What `PairNet` returns."""
+
+    sum: torch.Tensor
+    product: torch.Tensor
+
+
+class PairNet(nn.Module):
+    """Returns a named tuple; its inner module is there for hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> Pair:
+        h = self.inner(x)
+        return Pair(sum=h + x, product=h * x)
+
+
+def make_pair_net() -> PairNet:
+    torch.manual_seed(0)
+    return PairNet().eval()
 
 
 class Plain(nn.Module):

@@ -38,6 +38,7 @@ from precast.contract import (
     encode,
     file_digest,
     has_fixed_code,
+    hooks_of,
     is_fixed,
     tensor_spec,
     unwrap,
@@ -379,17 +380,21 @@ def size_of(source: str) -> tuple[str, str, int] | None:
     return (found[1], found[2], int(found[3])) if found else None
 
 
-def _hooked(owner: Any) -> list[str]:
-    """Names of the sub-modules that have forward hooks: tracing went through those."""
+def _hooked(owner: Any) -> dict[str, Any]:
+    """Return the sub-modules that have forward hooks, and these: tracing went through them.
+
+    Raises:
+        Unrecordable: A hook cannot be written as data.
+    """
     import torch
 
     if not isinstance(owner, torch.nn.Module):
-        return []
-    return [
-        name
+        return {}
+    return {
+        name: hooks_of(module)
         for name, module in owner.named_modules()
         if name and (module._forward_hooks or module._forward_pre_hooks)
-    ]
+    }
 
 
 # ---------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class Scope:
             value = self._globals.get(name)
             if isinstance(value, types.ModuleType):
                 module = value.__name__
+            elif type(value) is dict and str(value.get("__name__")).startswith("namedtuple_"):
+                return True  # Where `collections.namedtuple` makes a class's methods.
         return module is not None and is_fixed(module)
 
 
@@ -136,6 +138,14 @@ def _steps(tree: ast.expr, expression: str) -> Path:
                     slice=ast.Constant(value=int(number)),
                 ),
             ],
+        ) if ast.dump(base) == ast.dump(keys_of):
+            return (*_steps(base, expression), ("v", number))
+        case ast.Subscript(
+            value=base,
+            slice=ast.Subscript(
+                value=ast.Call(func=ast.Name(id="list"), args=[ast.Call(args=[keys_of])]),
+                slice=ast.Constant(value=int(number)),
+            ),
         ) if ast.dump(base) == ast.dump(keys_of):
             return (*_steps(base, expression), ("v", number))
         case ast.Subscript(value=base, slice=index):
