@@ -353,6 +353,11 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     return judged
 
 
+def shown(milliseconds: float | None) -> str:
+    """Return a figure for a table; nothing where it was not measured."""
+    return "" if milliseconds is None else f"{milliseconds:.1f}"
+
+
 def render(results: dict[str, Any]) -> str:
     """Return the results and the targets as markdown tables."""
     lines: list[str] = []
@@ -363,7 +368,7 @@ def render(results: dict[str, Any]) -> str:
         ]
         lines += [
             f"| {r['tier']} | {r['num_bytes']:,} | {r['load_ms']:.2f} | {r['least_ms']:.2f} "
-            f"| {r['first_ms'] or 0:.1f} | {r['compile_s']:.1f} | {r['times']:,.0f} |"
+            f"| {shown(r['first_ms'])} | {r['compile_s']:.1f} | {r['times']:,.0f} |"
             for r in results["load"]
         ]
         lines.append("")
