@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,10 +199,39 @@ def test_a_tier_that_is_full_can_still_be_read(
     with pytest.raises(TierSkippedError):
         guarded.write_blob(DIGEST, BLOB)
     assert guarded.read_manifest(KEY) == MANIFEST
-    tier.fail_writes = False
     now.now_s += 1.0
+    with pytest.raises(TierSkippedError):  # It was tried, and is not reported twice.
+        guarded.write_blob(DIGEST, BLOB)
+    tier.fail_writes = False
+    with pytest.raises(TierSkippedError):
+        guarded.write_blob(DIGEST, BLOB)
+    now.now_s += 2.0
     guarded.write_blob(DIGEST, BLOB)
-    assert events == [TierRecovered("faulty", 1.0)]
+    assert events == [TierRecovered("faulty", 3.0)]
+
+
+def test_requests_that_fail_together_are_reported_once(tier: FaultyCache, now: Patient) -> None:
+    guarded = GuardedCache(tier, lambda _: None, now, deadline_s=20.0)
+    together = threading.Barrier(3)
+    assert guarded.read_manifest(KEY) is None  # So that all are past the first contact.
+
+    def fail() -> None:
+        together.wait(20)
+        raise ConnectionError("gone")
+
+    tier.behave = fail
+
+    def ask(_: int) -> type[Exception]:
+        with pytest.raises(StoreError) as caught:
+            guarded.read_manifest(KEY)
+        return caught.type
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(kind.__name__ for kind in pool.map(ask, range(3))) == [
+            "StoreError",
+            "TierSkippedError",
+            "TierSkippedError",
+        ]
 
 
 def test_a_dead_tier_costs_no_import(tier: FaultyCache, now: Patient, events: list[Event]) -> None:
