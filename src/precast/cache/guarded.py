@@ -13,6 +13,7 @@ import threading
 import time
 
 from precast.cache.names import check_digest, check_key
+from precast.cache.wrapped import WrappedCache
 from precast.errors import StoreError, TierSkippedError
 from precast.events import TierRecovered
 
@@ -50,7 +51,7 @@ def note_progress() -> None:
         request.moved_at_s = time.monotonic()
 
 
-class GuardedCache:
+class GuardedCache(WrappedCache):
     """Answers within a deadline, or with a `StoreError`; skips a tier that failed.
 
     A request that moves no bytes for `deadline_s` is given up, though it may end by itself later;
@@ -91,7 +92,7 @@ class GuardedCache:
             first_pause_s: How long a tier is skipped after a failure; doubled each time.
             longest_pause_s: Where the doubling ends.
         """
-        self._tier = tier
+        super().__init__(tier)
         self._emit = emit
         self._clock = clock
         self._deadline_s = deadline_s
@@ -105,31 +106,6 @@ class GuardedCache:
         self._link = _Breaker(clock, first_pause_s, longest_pause_s)
         # A tier that is full or read-only to us can still be read.
         self._writes = _Breaker(clock, first_pause_s, longest_pause_s)
-
-    @property
-    def name(self) -> str:
-        """The tier's."""
-        return self._tier.name
-
-    @property
-    def is_writable(self) -> bool:
-        """The tier's."""
-        return self._tier.is_writable
-
-    @property
-    def is_in_memory(self) -> bool:
-        """The tier's."""
-        return self._tier.is_in_memory
-
-    @property
-    def is_shared(self) -> bool:
-        """The tier's."""
-        return self._tier.is_shared
-
-    @property
-    def keeps_files(self) -> bool:
-        """The tier's."""
-        return self._tier.keeps_files
 
     def read_manifest(self, key: str) -> bytes | None:
         check_key(key)

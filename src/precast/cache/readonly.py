@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from precast.cache.names import check_digest, check_key
+from precast.cache.wrapped import WrappedCache
 from precast.errors import StoreError
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
@@ -14,38 +15,21 @@ if TYPE_CHECKING:
     from precast.cache.interface import CacheInterface
 
 
-class ReadOnlyCache:
+class ReadOnlyCache(WrappedCache):
     """Passes reads on. What is bad there stays there, and is not found again by this object.
 
     Source: follows `CacheInterface`, where the methods are described.
     """
 
-    is_writable = False
-
     def __init__(self, tier: CacheInterface) -> None:
-        self._tier = tier
+        super().__init__(tier)
         self._ignored_keys: set[str] = set()
         self._ignored_blobs: set[str] = set()
 
     @property
-    def name(self) -> str:
-        """The tier's."""
-        return self._tier.name
-
-    @property
-    def is_in_memory(self) -> bool:
-        """The tier's."""
-        return self._tier.is_in_memory
-
-    @property
-    def is_shared(self) -> bool:
-        """The tier's."""
-        return self._tier.is_shared
-
-    @property
-    def keeps_files(self) -> bool:
-        """The tier's."""
-        return self._tier.keeps_files
+    def is_writable(self) -> bool:
+        """Never."""
+        return False
 
     def read_manifest(self, key: str) -> bytes | None:
         check_key(key)
