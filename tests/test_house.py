@@ -53,6 +53,7 @@ ERRORS: list[PrecastError] = [
     errors.BundleUntrustedError("a.bundle", "it is not signed"),
     errors.UnsafeStoreError("disk", "read blob", "it belongs to user 7", "chown it"),
     errors.StoreError("disk", "write", "No space left on device"),
+    errors.TierSkippedError("redis", "read manifest"),
 ]
 
 

@@ -103,6 +103,11 @@ SETTINGS: dict[str, Setting] = {
         remedy="Write each as `ed25519:<base64>`, or as the path of its .pub file",
     ),
     "allow_unsigned": _flag(),
+    "cache_url": Setting(
+        wanted="tiers with commas between, such as 'disk,redis://host/0', or None",
+        accepts=lambda value: value is None or (isinstance(value, str) and value.strip() != ""),
+        remedy="Leave it out for the disk alone",
+    ),
     "max_compile_time": Setting(
         wanted="a positive number of seconds",
         accepts=lambda value: _is_number(value) and 0 < value < float("inf"),
@@ -169,6 +174,7 @@ class CompilationConfig(Value, kw_only=True):
     signing_key: str | os.PathLike[str] | None = None  # What is published is signed with it.
     trusted_keys: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...] = ()
     allow_unsigned: bool = False  # Shared tiers and bundles: run code that nobody signed.
+    cache_url: str | None = None  # None: "disk". Tiers, nearest first; see docs/cache.md.
     max_compile_time: float = 600.0  # Seconds for one piece.
     compiler: object = "auto"
     mode: Literal["blocking", "progressive", "cache_only"] = "blocking"
@@ -195,6 +201,13 @@ class CompilationConfig(Value, kw_only=True):
     def key_settings(self) -> dict[str, Any]:
         """Return the settings that ask for another assembly when they change, by name."""
         return {name: getattr(self, name) for name, rule in SETTINGS.items() if rule.in_key}
+
+    def shown(self) -> dict[str, Any]:
+        """Return all settings as they may be shown: without passwords."""
+        settings = self.as_dict()
+        if self.cache_url is not None:
+            settings["cache_url"] = without_secrets(self.cache_url)
+        return settings
 
     def cache_path(self) -> Path:
         """Return the folder of the disk tier: `cache_dir`, or the user's own."""
@@ -320,6 +333,25 @@ def default_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     import tempfile
 
     return Path(tempfile.gettempdir()) / f"precast-{os.getuid()}"
+
+
+def without_secrets(chain: str) -> str:
+    """Return a chain of URLs with `***` where a password, a key or a token stands."""
+    shown = []
+    for part in chain.split(","):
+        head, question, query = part.partition("?")
+        scheme, slashes, rest = head.partition("://")
+        user, at, place = rest.rpartition("@")
+        if at:
+            head = f"{scheme}{slashes}{user.partition(':')[0]}:***@{place}"
+        pairs = [
+            f"{pair.partition('=')[0]}=***"
+            if any(word in pair.lower() for word in ("key", "password", "secret", "token"))
+            else pair
+            for pair in query.split("&")
+        ]
+        shown.append(head + question + "&".join(pairs))
+    return ",".join(shown)
 
 
 def _user_folder(variable: str, name: str, environ: Mapping[str, str] | None) -> Path | None:

@@ -334,6 +334,14 @@ class UnsafeStoreError(StoreError):
         self.remedy = remedy
 
 
+class TierSkippedError(StoreError):
+    """A tier failed a short while ago and is not asked now. Nobody needs to hear of it again."""
+
+    def __init__(self, tier: str, operation: str) -> None:
+        super().__init__(tier, operation, "it failed a moment ago and is not asked for a while")
+        self.args = (tier, operation)
+
+
 def _ended(sentence: str) -> str:
     return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
 

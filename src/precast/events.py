@@ -128,6 +128,20 @@ class TierFailed(Event):
     reason: Reason
 
 
+class TierSkipped(Event):
+    """A tier was not asked, because it had failed a short while before (see `TierFailed`)."""
+
+    tier: str
+    operation: str
+
+
+class TierRecovered(Event):
+    """A tier that had failed answers again, after `seconds` in which it was skipped."""
+
+    tier: str
+    seconds: float
+
+
 class ArtifactQuarantined(Event):
     """Stored bytes that must not run were moved aside, to `path`."""
 

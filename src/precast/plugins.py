@@ -37,10 +37,18 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "stores": {
         "memory": "precast.cache.memory:MemoryCache",
         "disk": "precast.cache.disk:DiskCache",
+        "redis": "precast.cache.redis:RedisCache",
+        "rediss": "precast.cache.redis:RedisCache",
+        "unix": "precast.cache.redis:RedisCache",
+        "s3": "precast.cache.object_store:ObjectStoreCache",
+        "gs": "precast.cache.object_store:ObjectStoreCache",
+        "az": "precast.cache.object_store:ObjectStoreCache",
+        "hf": "precast.cache.object_store:ObjectStoreCache",
+        "file": "precast.cache.object_store:ObjectStoreCache",
     },
 }
 
-_FIELDS: dict[Kind, str] = {"compilers": "compiler", "splitters": "split", "stores": "store"}
+_FIELDS: dict[Kind, str] = {"compilers": "compiler", "splitters": "split", "stores": "cache_url"}
 
 
 def load_plugin(kind: Kind, name: str) -> Any:
@@ -50,11 +58,23 @@ def load_plugin(kind: Kind, name: str) -> Any:
         ConfigError: The name is unknown (lists the known and the nearest), or what it stands for
             cannot be imported.
     """
+    found = find_plugin(kind, name)
+    if found is None:
+        raise _unknown_name(kind, name)
+    return found
+
+
+def find_plugin(kind: Kind, name: str) -> Any | None:
+    """Return the class or factory that a name stands for, None for an unknown name.
+
+    Raises:
+        ConfigError: What it stands for cannot be imported.
+    """
     target = BUILT_IN[kind].get(name)
     if target is None:
         target = _entry_point_targets(kind).get(name)
     if target is None:
-        raise _unknown_name(kind, name)
+        return None
     module, _, attribute = target.partition(":")
     try:
         return getattr(import_module(module), attribute)
@@ -65,6 +85,29 @@ def load_plugin(kind: Kind, name: str) -> Any:
             f"loadable from {target}",
             f"Loading it said {str(error)!r}; install what it needs, or choose another",
         ) from error
+
+
+def check_installed(package: str, requirement: str, *, setting: str, wanted_by: str) -> None:
+    """Refuse what needs an optional package that is not there; imports nothing.
+
+    Args:
+        package: The name it is imported by.
+        requirement: What pip installs it by.
+        setting: The setting that asks for it.
+        wanted_by: What in the setting's value does.
+
+    Raises:
+        ConfigError: Says what to install.
+    """
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ConfigError(
+            setting,
+            wanted_by,
+            f"usable here, which needs the package {package!r}",
+            f"Run `pip install {requirement}`, or leave it out",
+        )
 
 
 def known_names(kind: Kind) -> list[str]:

@@ -22,7 +22,7 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
         "start_seconds": compiled.start_seconds,
         "settings": {
             name: {"value": value, "from": compiled.session.origins.get(name, "default")}
-            for name, value in compiled.session.config.as_dict().items()
+            for name, value in compiled.session.config.shown().items()
         },
         "cache_dir": str(compiled.session.config.cache_path()),
         "assemblies": [

@@ -455,11 +455,13 @@ class CompiledModel:
     # -- for the public functions ------------------------------------------------
 
     def wait(self, timeout: float | None) -> bool:
-        """Return when nothing is loaded or compiled; False where `timeout` seconds ran out."""
-        got = self._lock.acquire(timeout=-1 if timeout is None else timeout)
-        if got:
-            self._lock.release()
-        return got
+        """Return when nothing is loaded, compiled or written; False where time ran out."""
+        end_s = None if timeout is None else time.monotonic() + timeout
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            return False
+        self._lock.release()
+        left_s = None if end_s is None else max(end_s - time.monotonic(), 0.0)
+        return self.session.storage.flush(left_s)
 
     def detach(self) -> None:
         """Go back to eager and give everything back."""

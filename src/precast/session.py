@@ -53,6 +53,7 @@ class Session:
             disabled=config.disable_compile_cache,
             emit=self.emit,
             clock=time.perf_counter,
+            cache_url=config.cache_url,
             further_tiers=_open_bundles(config),
             trust=NO_KEYS if is_disabled else _open_trust(config),
         )
@@ -98,8 +99,9 @@ class Session:
         )
 
     def close(self) -> None:
-        """End workers and remove temporary files."""
+        """End workers and remove temporary files; give waiting writes a last while."""
         self.manager.close()
+        self.storage.close()
         self.loader.close()
 
 

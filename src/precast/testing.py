@@ -79,6 +79,7 @@ class CacheContract(ABC):
         assert cache.name
         assert cache.is_writable is True
         assert isinstance(cache.is_in_memory, bool)
+        assert isinstance(cache.is_shared, bool)
         assert isinstance(cache.keeps_files, bool)
 
     def test_what_is_not_there_is_none(self, cache: CacheInterface) -> None:

@@ -27,6 +27,7 @@ UNUSABLE = {
     "signing_key": 7,
     "trusted_keys": None,
     "allow_unsigned": "perhaps",
+    "cache_url": 3,
     "max_compile_time": 0,
     "compiler": None,
     "mode": "fast",

@@ -33,6 +33,7 @@ def open_cache(
     clock: Callable[[], float],
     further_tiers: Sequence[CacheInterface] = (),
     trust: Trust = NO_KEYS,
+    cache_url: str | None = None,
 ) -> tuple[CacheLoader, CacheStorage]:
     """Return what reads and what writes the cache of one model. Touches no disk yet.
 
@@ -41,11 +42,32 @@ def open_cache(
         disabled: Use a private directory in its place, so that libraries compiled in this process
             can be opened, and forget everything when the loader is closed. Then `cache_dir` is
             neither read nor written.
-        emit: Is told what happens.
+        emit: Is told what happens, also by threads of shared tiers.
         clock: Seconds, for durations.
-        further_tiers: Asked after the disk tier; left alone where the cache is disabled.
+        further_tiers: Asked after the others; left alone where the cache is disabled.
         trust: Signs what is published, and says what of shared tiers may be used.
+        cache_url: The tiers after memory, nearest first (`chain.py`); None: the disk alone.
+
+    Raises:
+        ConfigError: The chain is not usable.
     """
+    if cache_url is not None and not disabled:
+        # Imported here, since most starts have no other tier than the disk.
+        from precast.cache.chain import open_chain
+
+        chain = open_chain(cache_url, cache_dir, emit, clock)
+        all_tiers = (*chain.tiers, *further_tiers)
+        return (
+            CacheLoader(all_tiers, emit, clock, trust=trust, writer=chain.writer),
+            CacheStorage(
+                all_tiers,
+                emit,
+                clock,
+                trust=trust,
+                writer=chain.writer,
+                read_only=chain.read_only,
+            ),
+        )
     scratch = ScratchCache() if disabled else None
     tiers: tuple[CacheInterface, ...] = (
         (MemoryCache(), DiskCache(cache_dir), *further_tiers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from precast.errors import Reason, StoreError
-from precast.events import ArtifactQuarantined, TierFailed
+from precast.errors import Reason, StoreError, TierSkippedError
+from precast.events import ArtifactQuarantined, TierFailed, TierSkipped
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def try_quarantine(
 def report_failure(emit: Emit, tier: CacheInterface, operation: str, error: Exception) -> None:
     """Report that a tier could not do something; a `StoreError` knows better what that was."""
     failure = _as_store_error(tier, operation, error)
-    emit(TierFailed(failure.tier, failure.operation, failure.reason))
+    if isinstance(failure, TierSkippedError):
+        emit(TierSkipped(failure.tier, failure.operation))
+    else:
+        emit(TierFailed(failure.tier, failure.operation, failure.reason))
 
 
 def _as_store_error(tier: CacheInterface, operation: str, error: Exception) -> StoreError:

@@ -63,8 +63,12 @@ class DiskCache:
     is_in_memory = False
     is_shared = False
 
-    def __init__(self, root: str | os.PathLike[str], *, name: str = "disk") -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, name: str = "disk", is_shared: bool = False
+    ) -> None:
         self.name = name
+        if is_shared:  # A folder that other users write too, on a network say.
+            self.is_shared = True
         self.root = os.path.abspath(os.fspath(root))
         bucket = os.path.join(self.root, BUCKET)
         self._manifests = os.path.join(bucket, "ac")

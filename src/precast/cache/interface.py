@@ -42,6 +42,13 @@ class CacheInterface(Protocol):
         """
 
     @property
+    def is_shared(self) -> bool:
+        """Whether others than this user may write here, so that what is read may be foreign.
+
+        Such a tier may be far away, too: it is written behind the caller's back.
+        """
+
+    @property
     def keeps_files(self) -> bool:
         """Whether blobs are files of this machine, so that `local_blob_path` can answer."""
 

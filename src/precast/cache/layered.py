@@ -4,7 +4,7 @@
 
 Everything read here is checked, so that a nearer tier is only ever filled with sound bytes, and a
 damaged copy in one tier does not hide a sound one in the next. Retrying and deadlines are not
-here; they wrap a single tier.
+here; they wrap a single tier (`guarded.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
+    from precast.cache.writer import BackgroundWriter
     from precast.events import Emit
 
 
@@ -58,17 +59,25 @@ class LayeredCache:
         clock: Callable[[], float],
         *,
         trust: Trust = NO_KEYS,
+        writer: BackgroundWriter | None = None,
     ) -> None:
+        """Read from `tiers`, nearest first; those that `writer` names are filled by it."""
         self.tiers = tuple(tiers)
         self._emit = emit
         self._clock = clock
         self.trust = trust
         self._refused: set[tuple[str, str]] = set()  # Tier and key of what was reported.
+        self._writer = writer
 
     @property
     def is_writable(self) -> bool:
         """Whether a write has a chance in any tier."""
         return any(tier.is_writable for tier in self.tiers)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether any tier is: what is found may come from there."""
+        return any(tier.is_shared for tier in self.tiers)
 
     @property
     def is_in_memory(self) -> bool:
@@ -89,7 +98,7 @@ class LayeredCache:
                 continue
             for nearer in self.tiers[:i]:
                 if nearer.is_writable:
-                    try_write(self._emit, nearer, nearer.write_manifest, key, found.data)
+                    self._fill(nearer, nearer.write_manifest, key, found.data)
             return found
         return None
 
@@ -158,7 +167,7 @@ class LayeredCache:
                 continue
             for nearer in self.tiers[:i]:
                 if nearer.is_writable and not nearer.is_in_memory:
-                    try_write(self._emit, nearer, nearer.write_blob, digest, data)
+                    self._fill(nearer, nearer.write_blob, digest, data)
             return data
         return None
 
@@ -205,6 +214,18 @@ class LayeredCache:
             if try_read(self._emit, tier, tier.has_blob, digest)
         ]
         return ", ".join(place for place in places if place)
+
+    def _fill(
+        self,
+        tier: CacheInterface,
+        method: Callable[[str, bytes], None],
+        name: str,
+        data: bytes,
+    ) -> None:
+        if self._writer is not None and tier.name in self._writer.tiers:
+            self._writer.submit(tier.name, lambda: try_write(self._emit, tier, method, name, data))
+        else:
+            try_write(self._emit, tier, method, name, data)
 
     def _writable_tiers(self) -> list[CacheInterface]:
         return [tier for tier in self.tiers if tier.is_writable]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
+    from precast.cache.writer import BackgroundWriter
     from precast.events import Emit
 
 _CHUNK_BYTES = 1 << 20
@@ -50,14 +51,19 @@ class CacheLoader:
         *,
         scratch: ScratchCache | None = None,
         trust: Trust = NO_KEYS,
+        writer: BackgroundWriter | None = None,
     ) -> None:
         """Read from `tiers`, nearest first.
 
         Args:
+            tiers: What is asked.
+            emit: Is told what happens.
+            clock: Seconds, for durations.
             scratch: The private directory, where there is one already; closed by `close`.
             trust: Which manifests of shared tiers may be used.
+            writer: Fills those tiers that it names.
         """
-        self._layered = LayeredCache(tiers, emit, clock, trust=trust)
+        self._layered = LayeredCache(tiers, emit, clock, trust=trust, writer=writer)
         self._emit = emit
         self._clock = clock
         self._scratch = scratch

@@ -27,6 +27,7 @@ class MemoryCache:
     name = "memory"
     is_writable = True
     is_in_memory = True
+    is_shared = False
     keeps_files = False
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
+from hashlib import sha256
 
-from precast.cache.attempt import try_quarantine, try_write
+from precast.cache.attempt import try_quarantine, try_read, try_write
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import complete_payload, encode_manifest
 from precast.cache.names import check_key
@@ -19,11 +21,12 @@ from precast.events import ArtifactPublished, TierFailed
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any
 
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
+    from precast.cache.writer import BackgroundWriter
     from precast.errors import Reason
     from precast.events import Emit
 
@@ -43,15 +46,24 @@ class CacheStorage:
         clock: Callable[[], float],
         *,
         trust: Trust = NO_KEYS,
+        writer: BackgroundWriter | None = None,
+        read_only: Collection[str] = (),
     ) -> None:
-        """Write to `tiers`.
+        """Write into `tiers`.
 
         Args:
+            tiers: Nearest first.
+            emit: Is told what happens, also by the writer's thread.
+            clock: Seconds, for durations.
             trust: Signs what is published, where it has a key.
+            writer: Writes those tiers that it names, behind the caller's back.
+            read_only: Names of tiers that are never published into, which is no failure.
         """
         self._layered = LayeredCache(tiers, emit, clock, trust=trust)
         self._emit = emit
         self._clock = clock
+        self._writer = writer
+        self._read_only = frozenset(read_only)
 
     def publish(
         self,
@@ -60,6 +72,8 @@ class CacheStorage:
         files: Mapping[str, bytes | os.PathLike[str]],
     ) -> dict[str, Any]:
         """Store an artifact in each tier and return its payload as a loader will give it.
+
+        Tiers of the background writer get it a while later; `flush` waits for that.
 
         Args:
             key: What it will be found under; an older manifest of that key is replaced.
@@ -76,18 +90,30 @@ class CacheStorage:
         complete = complete_payload(key, payload, contents)
         manifest = encode_manifest(self._layered.trust.sign(complete))
         blobs = {complete["files"][name]: data for name, data in contents.items()}
+        tiers = [tier for tier in self._layered.tiers if tier.name not in self._read_only]
         is_kept = False
-        for tier in sorted(self._layered.tiers, key=lambda tier: tier.is_in_memory):
+        for tier in sorted(tiers, key=lambda tier: tier.is_in_memory):
+            if self._is_behind(tier):
+                continue
             # Memory is for the blobs that nothing else took, lest each costs its size in RAM.
             has_stored = self._store(
                 tier, key, manifest, {} if is_kept and tier.is_in_memory else blobs
             )
-            is_kept |= has_stored
+            is_kept |= has_stored and not tier.is_in_memory
+        # What a nearer tier keeps is read there when its turn comes: a queue of bytes has no bound.
+        later: Mapping[str, bytes | None] = dict.fromkeys(blobs) if is_kept else blobs
+        for tier in filter(self._is_behind, tiers):
+            self._submit(tier, partial(self._store, tier, key, manifest, later))
         return json.loads(manifest[manifest.index(b"\n") :])  # type: ignore[no-any-return]
 
     def discard(self, key: str) -> None:
         """Forget a key in each tier. Its blobs stay: other keys may share them."""
-        self._layered.delete_manifest(key)
+        check_key(key)
+        for tier in self._layered.tiers:
+            if tier.is_writable or tier.name in self._read_only:
+                self._forget(tier, key)
+                if self._is_behind(tier):  # A write of that key may be waiting still.
+                    self._submit(tier, partial(self._forget, tier, key))
 
     def quarantine(self, key: str, reason: Reason) -> None:
         """Set aside in each tier what a key names, because it turned out not to be usable.
@@ -100,24 +126,66 @@ class CacheStorage:
             if self._layered.find_in(tier, key) is not None:
                 try_quarantine(self._emit, tier, tier.quarantine_manifest, key, reason)
 
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all tiers have what was published so far; False where time ran out."""
+        return self._writer is None or self._writer.flush(timeout_s)
+
+    def close(self) -> None:
+        """Give waiting writes a last while."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _forget(self, tier: CacheInterface, key: str) -> None:
+        try_write(self._emit, tier, tier.delete_manifest, key)
+
+    def _is_behind(self, tier: CacheInterface) -> bool:
+        return self._writer is not None and tier.name in self._writer.tiers
+
+    def _submit(self, tier: CacheInterface, job: Callable[[], object]) -> None:
+        assert self._writer is not None
+        self._writer.submit(tier.name, job)
+
     def _store(
-        self, tier: CacheInterface, key: str, manifest: bytes, blobs: Mapping[str, bytes]
+        self, tier: CacheInterface, key: str, manifest: bytes, blobs: Mapping[str, bytes | None]
     ) -> bool:
-        """Write to one tier, and say whether it has all of it now."""
+        """Write to one tier, and say whether it has all of it now.
+
+        Args:
+            tier: Where to.
+            key: Of the manifest.
+            manifest: As it is stored.
+            blobs: Digest to bytes; None: a nearer tier keeps them.
+        """
         started_s = self._clock()
         if not tier.is_writable:
             failure = StoreError(tier.name, "write manifest", "it cannot be written")
             self._emit(TierFailed(failure.tier, failure.operation, failure.reason))
             return False
-        for digest, data in blobs.items():
-            if not try_write(self._emit, tier, tier.write_blob, digest, data):
+        num_bytes = len(manifest)
+        for digest, given in blobs.items():
+            # What lies in a shared tier is not compared: whoever found it damaged set it aside.
+            if tier.is_shared and try_read(self._emit, tier, tier.has_blob, digest):
+                continue
+            data = self._read_nearer(tier, digest) if given is None else given
+            if data is None or not try_write(self._emit, tier, tier.write_blob, digest, data):
                 return False
+            num_bytes += len(data)
         if not try_write(self._emit, tier, tier.write_manifest, key, manifest):
             return False
         if not tier.is_in_memory:  # Nobody else could find it there.
-            num_bytes = len(manifest) + sum(len(data) for data in blobs.values())
             self._emit(ArtifactPublished(key, tier.name, num_bytes, self._clock() - started_s))
         return True
+
+    def _read_nearer(self, tier: CacheInterface, digest: str) -> bytes | None:
+        """Return the bytes of a blob for a shared tier; it may be gone or damaged by now."""
+        for nearer in self._layered.tiers:
+            if not self._is_behind(nearer):
+                data = try_read(self._emit, nearer, nearer.read_blob, digest)
+                if data is not None and sha256(data).hexdigest() == digest:
+                    return data
+        failure = StoreError(tier.name, "write blob", f"no nearer tier has blob {digest} any more")
+        self._emit(TierFailed(failure.tier, failure.operation, failure.reason))
+        return None
 
 
 def _read_source(source: bytes | os.PathLike[str]) -> bytes:

@@ -30,6 +30,8 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_cache_hits": (events.CacheHit, _one),
     "num_cache_misses": (events.CacheMiss, _one),
     "num_tier_failures": (events.TierFailed, _one),
+    "num_tier_skips": (events.TierSkipped, _one),
+    "num_tier_recoveries": (events.TierRecovered, _one),
     "num_quarantined": (events.ArtifactQuarantined, _one),
     "num_refused": (events.ArtifactRefused, _one),
     "num_published": (events.ArtifactPublished, _one),
@@ -68,6 +70,8 @@ class CompilationCounter:
     num_cache_hits: int
     num_cache_misses: int
     num_tier_failures: int
+    num_tier_skips: int
+    num_tier_recoveries: int
     num_quarantined: int
     num_refused: int
     num_published: int

@@ -42,6 +42,11 @@ class LogListener:
                 self._warn(event.piece, event.reason)
             case events.TierFailed() | events.ArtifactQuarantined() | events.ArtifactRefused():
                 self._warn(f"cache tier {event.tier}", event.reason)
+            case events.TierRecovered():
+                self._logger.info(
+                    "cache tier %s: answers again after %.0f s", event.tier, event.seconds
+                )
+                self._warn_again(f"cache tier {event.tier}")
             case events.AssemblyRevalidated(is_valid=False):
                 self._logger.warning(
                     "%s: a stored assembly was out of date; the model runs eager and the assembly "
@@ -66,6 +71,11 @@ class LogListener:
     def note_failed_listener(self, listener: Emit, error: Exception) -> None:
         """Report a broken listener; to be given to `Listeners` as `on_failure`."""
         self._logger.warning("listener %r failed and is ignored", listener, exc_info=error)
+
+    def _warn_again(self, what: str) -> None:
+        """Forget what was warned of; the next failure is another one."""
+        with self._lock:
+            self._warned = {cause for cause in self._warned if cause[0] != what}
 
     def _warn(self, what: str, reason: Reason) -> None:
         # Figures in the message vary from call to call; the code and the place are the cause.

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from precast.cache import CacheLoader, CacheStorage, DiskCache, MemoryCache
+from precast.cache.guarded import GuardedCache
 from precast.cache.interface import CacheInterface
 from precast.cache.layered import LayeredCache
+from precast.cache.object_store import ObjectStoreCache
+from precast.cache.redis import RedisCache
 from precast.events import ArtifactQuarantined, Event
 from precast.testing import make_manifest
+from servers import RedisServer, S3Server
 
 KEYS = [sha256(bytes([i])).hexdigest() for i in range(3)]
 BLOBS = [b"", b"\0", b"a blob", bytes(range(256)) * 50]
@@ -32,18 +44,42 @@ def digest_of(blob: bytes) -> str:
 class TiersAgree(RuleBasedStateMachine):
     """Each rule is done to every tier and to the model."""
 
+    redis_server: ClassVar[RedisServer]  # Set by the test that runs this.
+    s3_server: ClassVar[S3Server]
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        layered_disk = DiskCache(self.folder / "layered")
-        self.layered_memory = MemoryCache()
-        self.tiers: list[CacheInterface] = [
-            MemoryCache(),
-            DiskCache(self.folder / "disk"),
-            LayeredCache([self.layered_memory, layered_disk], self.fail_on_event, lambda: 0.0),
-        ]
+        self.memory = MemoryCache()
+        self.s3 = ObjectStoreCache(
+            f"s3://bucket/agree/{self.folder.name}", **self.s3_server.options
+        )
         self.manifests: dict[str, bytes] = {}
         self.blobs: dict[str, bytes] = {}
+        self.start_a_new_process()
+
+    @rule()
+    def start_a_new_process(self) -> None:
+        """Tiers are opened anew; layered ones forget the memory before what is behind it."""
+        name = self.folder.name
+        redis = RedisCache(self.redis_server.url, prefix=name, most_string_bytes=1000)
+        guarded = GuardedCache(redis, self.fail_on_event, time.monotonic, deadline_s=30.0)
+        self.tiers: list[CacheInterface] = [
+            self.memory,
+            DiskCache(self.folder / "disk"),
+            guarded,
+            self.s3,
+            self.layer(MemoryCache(), DiskCache(self.folder / "layered")),
+            self.layer(
+                MemoryCache(),
+                DiskCache(self.folder / "near"),
+                RedisCache(self.redis_server.url, prefix=f"{name}/layered"),
+                ObjectStoreCache(f"memory://agree/{name}"),
+            ),
+        ]
+
+    def layer(self, *tiers: CacheInterface) -> CacheInterface:
+        return LayeredCache(tiers, self.fail_on_event, lambda: 0.0)
 
     def fail_on_event(self, event: Event) -> None:
         raise AssertionError(event)
@@ -77,23 +113,12 @@ class TiersAgree(RuleBasedStateMachine):
         self.blobs.pop(digest_of(blob), None)
         self.for_each_tier(lambda tier: tier.quarantine_blob(digest_of(blob), "reason"))
 
-    @rule()
-    def start_a_new_process(self) -> None:
-        """Disk tiers are opened anew; what was only in memory before the disk is forgotten."""
-        self.tiers[1] = DiskCache(self.folder / "disk")
-        self.layered_memory = MemoryCache()
-        self.tiers[2] = LayeredCache(
-            [self.layered_memory, DiskCache(self.folder / "layered")],
-            self.fail_on_event,
-            lambda: 0.0,
-        )
-
     @precondition(lambda self: self.blobs)
     @rule(data=st.data())
     def link_tree(self, data: st.DataObject) -> None:
         digests = data.draw(st.lists(st.sampled_from(sorted(self.blobs)), min_size=1, max_size=3))
         files = {f"file-{i}": digest for i, digest in enumerate(digests)}
-        for tier in self.tiers[1:]:
+        for tier in (tier for tier in self.tiers if tier.keeps_files):
             directory = tier.link_tree(files)
             assert directory is not None
             found = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
@@ -189,7 +214,15 @@ quick = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestTiersAgree = TiersAgree.TestCase
-TestTiersAgree.settings = quick
+
+
+def test_tiers_agree(redis_server: RedisServer, s3_server: S3Server) -> None:
+    TiersAgree.redis_server, TiersAgree.s3_server = redis_server, s3_server
+    # Each step asks each tier some fifteen times, and two of them over a connection.
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        TiersAgree, settings=settings(quick, max_examples=12, stateful_step_count=12)
+    )
+
+
 TestDamageNeverShows = DamageNeverShows.TestCase
 TestDamageNeverShows.settings = quick

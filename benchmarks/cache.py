@@ -1,0 +1,435 @@
+# T201, BLE001: a script that prints, and that reports what fails.
+"""What a cache tier saves: loading against compiling, a tier that is dead, and a fleet's hits.
+
+    python benchmarks/cache.py                      # everything; compiles one model once
+    python benchmarks/cache.py --repeats 50 --json cache.json
+    python benchmarks/cache.py --parts dead fleet   # without the compile
+
+Starts a Redis and an S3 endpoint (rclone) on this machine; needs the packages of the extra `dev`.
+
+*Load*: from a fresh loader to the opened library: manifest, blob, digests checked, `dlopen`. Each
+repeat has a directory of its own, so that the library is opened anew. *First*: the same in a new
+process that has imported torch, with the import of the tier's client, which fsspec then keeps for
+the process. *Compile*: what the worker took for that piece.
+
+*A dead tier*: the time that one adds to a load from disk, asked before the disk, which is the worst
+place for it: at the first request of a process, and at the second.
+
+*Fleet*: 50 starts with empty disks and one Redis, two versions of the code (of three pieces one
+differs), three kinds of machines, simulated by the parts of the keys that tell machines apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "tests"))
+
+from precast.cache import CacheLoader, CacheStorage, MemoryCache, open_cache
+from precast.cache.trust import Trust
+from servers import RedisServer, S3Server
+
+LEAST_TIMES = {"memory": None, "disk": 1000.0, "redis": 100.0, "s3": 100.0}
+MOST_DEAD_MS = 100.0
+PARTS = ("load", "dead", "fleet")
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[tuple[RedisServer, S3Server]]:
+    """Run both servers for a while."""
+    redis, s3 = RedisServer(folder / "redis"), S3Server(folder / "s3")
+    try:
+        redis.start()
+        s3.start()
+        yield redis, s3
+    finally:
+        redis.stop()
+        s3.stop()
+
+
+@contextmanager
+def dropping_port() -> Iterator[int]:
+    """Give a port where packets are dropped: a listener whose queue is full and not served."""
+    with socket.socket() as listener, ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def open_chain(folder: Path, chain: str | None) -> tuple[CacheLoader, CacheStorage]:
+    """Open a cache that keeps its events to itself."""
+    return open_cache(
+        folder,
+        disabled=False,
+        emit=lambda _: None,
+        clock=time.monotonic,
+        cache_url=chain,
+        trust=Trust(allow_unsigned=True),
+    )
+
+
+# ---------------------------------------------------------------------------
+# Load against recompile
+
+
+def compile_piece(folder: Path) -> dict[str, Any]:
+    """Compile a one-layer decoder; return the key and the seconds of its costliest piece."""
+    import torch
+    from decoder import Shape, build_decoder, decoder_inputs
+
+    import precast
+
+    shape = Shape(layers=1, hidden=256, intermediate=688, heads=4, kv_heads=4, vocabulary=512)
+    model = build_decoder(shape, device="cpu", dtype=torch.float32)
+    found: list[Any] = []
+    precast.compile(
+        model, cache_dir=folder, progress=False, revalidate="never", listeners=[found.append]
+    )
+    with torch.inference_mode():
+        model(*decoder_inputs(shape, 17, device="cpu"))
+    precast.release(model)
+    compiled = [event for event in found if type(event).__name__ == "PieceCompiled"]
+    if not compiled:
+        raise RuntimeError(f"nothing was compiled: {found}")
+    piece = max(compiled, key=lambda event: event.seconds)
+    return {"key": piece.key, "compile_s": piece.seconds, "compiler": piece.compiler}
+
+
+def load_once(loader: CacheLoader, piece: dict[str, Any]) -> None:
+    """Load a piece from its tier to an opened library."""
+    from precast.plugins import load_plugin
+
+    manifest = loader.manifest(piece["key"])
+    assert manifest is not None
+    paths = loader.files(manifest["files"])
+    assert paths is not None
+    load_plugin("compilers", piece["compiler"])().load(manifest["details"], paths, None)
+
+
+def load_first(folder: Path, chain: str | None, piece: dict[str, Any]) -> float:
+    """Return the milliseconds of the first load in a new process."""
+    given = json.dumps([str(folder), chain, piece])
+    command = [sys.executable, str(Path(__file__).absolute()), "--child", given]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def load_in_child(folder: str, chain: str | None, piece: dict[str, Any]) -> float:
+    """Load in this process, which must be new; torch is imported before the clock runs."""
+    import torch  # noqa: F401
+
+    loader, _ = open_chain(Path(folder), chain)
+    begun = time.perf_counter()
+    load_once(loader, piece)
+    return (time.perf_counter() - begun) * 1e3
+
+
+def measure_loads(
+    folder: Path, redis: RedisServer, s3: S3Server, repeats: int
+) -> list[dict[str, Any]]:
+    """Return, for each tier, how long a load takes and how often that fits into the compile."""
+    piece = compile_piece(folder / "disk")
+    disk, _ = open_chain(folder / "disk", None)
+    manifest = disk.manifest(piece["key"])
+    assert manifest is not None
+    paths = disk.files(manifest["files"])
+    assert paths is not None
+    load_once(disk, piece)  # torch's own loading of what it needs, once a process.
+    files = {name: Path(path) for name, path in paths.items()}
+    payload = {
+        name: value
+        for name, value in manifest.items()
+        if name not in ("files", "format", "key", "sizes")
+    }
+    num_bytes = sum(path.stat().st_size for path in files.values())
+    memory = MemoryCache()
+    CacheStorage([memory], lambda _: None, time.monotonic).publish(piece["key"], payload, files)
+    urls = {
+        "redis": f"{redis.url}?deadline_ms=20000&connect_ms=20000",
+        "s3": f"{s3.url('load')}&deadline_ms=20000&connect_ms=20000",
+    }
+    for url in urls.values():
+        storage = open_chain(folder, url)[1]
+        storage.publish(piece["key"], payload, files)
+        assert storage.flush(60)
+
+    def open_memory(_: Path) -> CacheLoader:
+        return CacheLoader([memory], lambda _: None, time.monotonic)
+
+    def open_disk(place: Path) -> CacheLoader:
+        shutil.copytree(folder / "disk", place)
+        return open_chain(place, None)[0]
+
+    def open_remote(name: str) -> Callable[[Path], CacheLoader]:
+        return lambda place: open_chain(place, urls[name])[0]
+
+    rows = []
+    for name, make in (
+        ("memory", open_memory),
+        ("disk", open_disk),
+        ("redis", open_remote("redis")),
+        ("s3", open_remote("s3")),
+    ):
+        seconds = []
+        for i in range(repeats):
+            loader = make(folder / f"{name}-{i}")
+            begun = time.perf_counter()
+            load_once(loader, piece)
+            seconds.append(time.perf_counter() - begun)
+            loader.close()
+        load_s = statistics.median(seconds)
+        rows.append(
+            {
+                "tier": name,
+                "num_bytes": num_bytes,
+                "load_ms": load_s * 1e3,
+                "least_ms": min(seconds) * 1e3,
+                "first_ms": None
+                if name == "memory"
+                else load_first(
+                    folder / ("disk" if name == "disk" else name), urls.get(name), piece
+                ),
+                "compile_s": piece["compile_s"],
+                "times": piece["compile_s"] / load_s,
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------
+# A dead tier
+
+
+def measure_dead(
+    folder: Path, redis: RedisServer, s3: S3Server, port: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Return what a dead tier adds to a load from disk; packets to `port` are dropped."""
+    key = sha256(b"dead").hexdigest()
+    open_chain(folder / "near", None)[1].publish(key, {}, {"piece.so": bytes(100_000)})
+
+    def start(chain: str | None) -> tuple[float, float]:
+        loader, _ = open_chain(folder / "near", chain)
+        taken = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            manifest = loader.manifest(key)
+            assert manifest is not None
+            assert loader.files(manifest["files"]) is not None
+            taken.append(time.perf_counter() - begun)
+            # The memory tier would answer from now on.
+            loader._layered.tiers[0].delete_manifest(key)
+        return taken[0], taken[1]
+
+    dropping_s3 = s3.url("dead", f"http://127.0.0.1:{port}")
+    usual = [start(None) for _ in range(repeats)]
+    rows = []
+    for how in ("refused", "hangs", "drops packets"):
+        if how == "refused":
+            redis.stop()
+            s3.stop()
+        elif how == "hangs":
+            for server in (redis, s3):
+                server.start()
+                server.sleep()
+        for name in ("redis", "s3"):
+            url = redis.url if name == "redis" else s3.url("dead")
+            if how == "drops packets":
+                url = f"redis://127.0.0.1:{port}" if name == "redis" else dropping_s3
+            taken = [start(f"{url},disk") for _ in range(repeats)]
+            rows.append(
+                {
+                    "tier": name,
+                    "how": how,
+                    "first_ms": 1e3 * statistics.median(t[0] for t in taken)
+                    - 1e3 * statistics.median(t[0] for t in usual),
+                    "most_first_ms": 1e3 * max(t[0] for t in taken)
+                    - 1e3 * statistics.median(t[0] for t in usual),
+                    "second_ms": 1e3 * statistics.median(t[1] for t in taken)
+                    - 1e3 * statistics.median(t[1] for t in usual),
+                }
+            )
+    for server in (redis, s3):
+        server.stop()
+        server.start()
+    return rows
+
+
+# ---------------------------------------------------------------------------
+# A fleet
+
+
+def measure_fleet(folder: Path, redis: RedisServer, num_starts: int) -> dict[str, Any]:
+    """Start machines in a random order; return their hits and misses."""
+    from precast.graph.key import HashComputer
+
+    kinds: list[dict[str, Any]] = [
+        {"cpu": "x86_64 AVX512 0001"},
+        {"cpu": "x86_64 AVX2 0002"},
+        {"cpu": "x86_64 AVX512 0001", "device": "cuda", "architecture": "sm_90"},
+    ]
+    texts = {"1": ["embed", "layer", "head"], "2": ["embed", "layer, changed", "head"]}
+    compiler = {"compiler": "aot_inductor", "options": ""}
+    hits = misses = 0
+    seen: set[str] = set()
+    needless: list[str] = []
+    order = random.Random(0)
+    starts = [(version, kind) for version in texts for kind in range(len(kinds))]
+    starts += [(order.choice(list(texts)), order.randrange(3)) for _ in range(num_starts - 6)]
+    order.shuffle(starts)
+    for number, (version, kind) in enumerate(starts):
+        hasher = HashComputer()
+        hasher._toolchain = {**hasher._toolchain, **kinds[kind]}
+        keys = [hasher.assembly_key(f"model, version {version}", "call", {})]
+        keys += [hasher.piece_key(text, compiler) for text in texts[version]]
+        loader, storage = open_chain(
+            folder / f"machine-{number}",
+            f"disk,{redis.url}?prefix=fleet&deadline_ms=20000&connect_ms=20000",
+        )
+        for key in keys:
+            if loader.manifest(key.digest) is not None:
+                hits += 1
+                continue
+            misses += 1
+            if key.digest in seen:
+                needless.append(key.digest)
+            seen.add(key.digest)
+            storage.publish(key.digest, {"parts": key.parts}, {"piece.so": key.digest.encode()})
+        storage.close()
+        loader.close()
+    # Of the two versions' assemblies and pieces, all but the two equal pieces differ.
+    expected = len(kinds) * (2 + 3 + 1)
+    return {
+        "starts": len(starts),
+        "lookups": hits + misses,
+        "hits": hits,
+        "misses": misses,
+        "expected_misses": expected,
+        "needless_misses": len(needless),
+        "hit_rate": hits / (hits + misses),
+    }
+
+
+# ---------------------------------------------------------------------------
+# What it comes to
+
+
+def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each target with what was measured and whether it is met."""
+    judged = []
+    for row in results.get("load", ()):
+        limit = LEAST_TIMES[row["tier"]]
+        if limit is not None:
+            target = f"load from {row['tier']}, times faster than compiling"
+            is_met = row["times"] >= limit
+            judged.append({"target": target, "limit": limit, "value": row["times"], "met": is_met})
+    for row in results.get("dead", ()):
+        target = f"{row['tier']} {row['how']}: ms added to the first request, at most"
+        is_met = row["first_ms"] <= MOST_DEAD_MS
+        judged.append(
+            {"target": target, "limit": MOST_DEAD_MS, "value": row["first_ms"], "met": is_met}
+        )
+    if fleet := results.get("fleet"):
+        value = abs(fleet["misses"] - fleet["expected_misses"]) + fleet["needless_misses"]
+        target = "misses that are no true change"
+        judged.append({"target": target, "limit": 0, "value": value, "met": value == 0})
+    return judged
+
+
+def shown(milliseconds: float | None) -> str:
+    """Return a figure for a table; nothing where it was not measured."""
+    return "" if milliseconds is None else f"{milliseconds:.1f}"
+
+
+def render(results: dict[str, Any]) -> str:
+    """Return the results and the targets as markdown tables."""
+    lines: list[str] = []
+    if "load" in results:
+        lines += [
+            "| tier | bytes | load ms (median) | least | first, with imports | compile s | times |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['tier']} | {r['num_bytes']:,} | {r['load_ms']:.2f} | {r['least_ms']:.2f} "
+            f"| {shown(r['first_ms'])} | {r['compile_s']:.1f} | {r['times']:,.0f} |"
+            for r in results["load"]
+        ]
+        lines.append("")
+    if "dead" in results:
+        lines += [
+            "| dead tier | how | adds to the first request ms | most | to the second |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['tier']} | {r['how']} | {r['first_ms']:.1f} | {r['most_first_ms']:.1f} "
+            f"| {r['second_ms']:.2f} |"
+            for r in results["dead"]
+        ]
+        lines.append("")
+    if "fleet" in results:
+        f = results["fleet"]
+        lines += [
+            "| starts | lookups | hits | misses | true changes | hit rate |",
+            "|---|---|---|---|---|---|",
+            f"| {f['starts']} | {f['lookups']} | {f['hits']} | {f['misses']} "
+            f"| {f['expected_misses']} | {f['hit_rate']:.0%} |",
+            "",
+        ]
+    lines += ["| target | limit | measured | |", "|---|---|---|---|"]
+    for j in judge(results):
+        verdict = "met" if j["met"] else "**MISSED**"
+        lines.append(f"| {j['target']} | {j['limit']:,g} | {j['value']:,.1f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run, and print tables; 1 where a target was missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=50)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--json", help="write everything there")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(load_in_child(*json.loads(options.child)))
+        return 0
+    results: dict[str, Any] = {}
+    folder = Path(tempfile.mkdtemp(prefix="precast-cache-"))
+    try:
+        with servers(folder) as (redis, s3):
+            if "load" in options.parts:
+                results["load"] = measure_loads(folder, redis, s3, options.repeats)
+            if "dead" in options.parts:
+                with dropping_port() as port:
+                    results["dead"] = measure_dead(folder, redis, s3, port, options.repeats)
+            if "fleet" in options.parts:
+                results["fleet"] = measure_fleet(folder, redis, options.starts)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(render(results))
+    if options.json:
+        data = results | {"targets": judge(results)}
+        Path(options.json).write_text(json.dumps(data, indent=1))
+    return int(any(not j["met"] for j in judge(results)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
