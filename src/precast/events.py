@@ -6,10 +6,14 @@ log, count or print: `monitoring/` does, and so may any listener of the user's. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from precast.errors import Reason
 from precast.values import Value
+
+TYPE_CHECKING = False  # As in `values.py`: `typing` itself is too dear to import here.
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Event(Value):
@@ -118,6 +122,26 @@ class CacheMiss(Event):
 
     key: str
     cause: str
+
+
+class PieceMissed(Event):
+    """A piece was found under none of its keys; `parts` are those of the key it will have."""
+
+    piece: str
+    key: str
+    parts: Mapping[str, Any]
+
+
+class AssemblyMissed(Event):
+    """No stored assembly serves a call of a model; `parts` are those of the key looked under.
+
+    `problem` says why the last one under that key does not serve, None: there was none.
+    """
+
+    model: str
+    key: str
+    parts: Mapping[str, Any]
+    problem: str | None
 
 
 class TierFailed(Event):

@@ -21,6 +21,7 @@ from precast.events import (
     PieceCompiled,
     PieceFailed,
     PieceLoaded,
+    PieceMissed,
     PieceVerified,
     VerifyMismatched,
 )
@@ -238,6 +239,8 @@ class CompilerManager:
             for piece, name in zip(pieces, names, strict=True)
         ]
         missing = [i for i, result in enumerate(results) if result is None]
+        for i in missing:
+            self._report_missed(pieces[i], names[i])
         if missing and self._config.mode == "cache_only":
             reason = Reason(
                 "cache-disabled" if self._config.disable_compile_cache else "not-recorded",
@@ -249,6 +252,14 @@ class CompilerManager:
         elif missing:
             self._compile_missing(pieces, names, missing, results)
         return [result for result in results if result is not None]
+
+    def _report_missed(self, piece: Piece, name: str) -> None:
+        for compiler_name in self.compiler_names():
+            compiler = self.make_compiler(compiler_name)
+            if compiler.is_saveable:  # Of the others nothing is ever stored.
+                key = self.compute_hash_keys(piece, compiler)
+                self._emit(PieceMissed(name, key.digest, key.parts))
+                return
 
     def _compile_missing(
         self,

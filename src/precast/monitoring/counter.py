@@ -29,6 +29,8 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
     "num_cache_misses": (events.CacheMiss, _one),
+    "num_pieces_missed": (events.PieceMissed, _one),
+    "num_assemblies_missed": (events.AssemblyMissed, _one),
     "num_tier_failures": (events.TierFailed, _one),
     "num_tier_skips": (events.TierSkipped, _one),
     "num_tier_recoveries": (events.TierRecovered, _one),
@@ -69,6 +71,8 @@ class CompilationCounter:
     num_loaded: int
     num_cache_hits: int
     num_cache_misses: int
+    num_pieces_missed: int
+    num_assemblies_missed: int
     num_tier_failures: int
     num_tier_skips: int
     num_tier_recoveries: int

@@ -1,0 +1,72 @@
+"""What several commands take: where the cache is, keys by their first characters, JSON or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from precast.cache import DiskCache
+from precast.config import CompilationConfig, read_config
+
+if TYPE_CHECKING:
+    from precast.cache.interface import CacheInterface
+
+#: Exit codes; 0: all is well.
+PROBLEMS = 1
+USAGE = 2
+
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        help="The cache's folder; else as settings say.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def settings(cache_dir: Path | None) -> CompilationConfig:
+    """Return the settings of this user and folder, as a model started here would have them.
+
+    Raises:
+        ConfigError: One of them is not usable.
+    """
+    overrides = {} if cache_dir is None else {"cache_dir": cache_dir}
+    return read_config(None, **overrides).config
+
+
+def open_disk(cache_dir: Path | None) -> DiskCache:
+    """Return the disk tier. It may not be there yet."""
+    return DiskCache(settings(cache_dir).cache_path())
+
+
+def find_key(tier: CacheInterface, text: str) -> str:
+    """Return the one key of a tier that begins with a text, as git takes commits.
+
+    Raises:
+        StoreError: The tier failed.
+        typer.BadParameter: There is none, or there are several.
+    """
+    keys = sorted(tier.manifest_keys())
+    if text in keys:
+        return text
+    found = [key for key in keys if key.startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(key[: len(text) + 6] for key in found[:4])
+        raise typer.BadParameter(f"{text!r} begins {len(found)} keys: {some}; give more of it")
+    raise typer.BadParameter(
+        f"no key begins with {text!r}{_suggestion(text, keys)}; `precast cache ls` lists them"
+    )
+
+
+def _suggestion(text: str, keys: Iterable[str]) -> str:
+    near = get_close_matches(text, {key[: len(text)] for key in keys}, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
