@@ -16,7 +16,14 @@ from precast.compilers.interface import CompiledPiece
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.config import CompilationConfig
 from precast.errors import CompileError, CompileTimeoutError, ConfigError
-from precast.events import ArtifactRefused, Event, PieceCompiled, PieceFailed, PieceLoaded
+from precast.events import (
+    ArtifactRefused,
+    Event,
+    PieceCompiled,
+    PieceFailed,
+    PieceLoaded,
+    PieceMissed,
+)
 from precast.graph.piece import Piece
 from precast.manager import CompilerManager, check_compiler
 from unit.compilers.example_pieces import TINY
@@ -137,7 +144,19 @@ def test_a_piece_is_compiled_once_and_found_from_then_on(tmp_path: Path) -> None
     assert again.seconds == 2.0
     assert again.call(X)[0].sum() == 12
     assert warm.service.jobs == []
-    assert warm.kinds(PieceLoaded, PieceCompiled) == ["PieceLoaded"]
+    assert warm.kinds(PieceLoaded, PieceCompiled, PieceMissed) == ["PieceLoaded"]
+
+
+def test_a_miss_is_told_once_a_piece_with_the_parts_of_its_key(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), mode="cache_only")
+    setup.manager.compile([TINY], ["tiny"])
+    [missed] = [event for event in setup.events if isinstance(event, PieceMissed)]
+    key = setup.manager.compute_hash_keys(TINY, setup.manager.make_compiler())
+    assert missed == PieceMissed("tiny", key.digest, key.parts)
+
+    kept_nowhere = Setup(tmp_path, Planted(is_saveable=False))
+    kept_nowhere.manager.compile([TINY], ["tiny"])
+    assert kept_nowhere.kinds(PieceMissed) == []
 
 
 def test_a_record_is_enough_to_load_a_piece(tmp_path: Path) -> None:
