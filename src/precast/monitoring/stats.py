@@ -93,7 +93,9 @@ class _Tally:
         self._written_at = clock()
         self._counts: dict[tuple[str, ...], float] = {}
         self._misses: list[dict[str, Any]] = []
+        # What is looked up again is no second hit or miss.
         self._found: set[str] = set()
+        self._missed: set[str] = set()
         self._is_broken = False
 
     def count(self, event: Event) -> None:
@@ -104,7 +106,7 @@ class _Tally:
     def _fold(self, event: Event) -> None:
         match event:
             case events.CacheHit(key=key, tier=tier):
-                if key not in self._found:  # One that is looked up again is no second hit.
+                if key not in self._found:
                     self._found.add(key)
                     self._add(("hits", tier, "count"), 1)
                     self._add(("hits", tier, "bytes"), event.num_bytes)
@@ -150,9 +152,11 @@ class _Tally:
     def _miss(
         self, kind: str, name: str, key: str, parts: Mapping[str, Any], problem: str | None
     ) -> None:
-        self._misses.append(
-            {"kind": kind, "name": name, "key": key, "parts": parts, "problem": problem}
-        )
+        if key not in self._missed:
+            self._missed.add(key)
+            self._misses.append(
+                {"kind": kind, "name": name, "key": key, "parts": parts, "problem": problem}
+            )
 
     def _forget_parents_counts(self) -> None:
         """In a fork, begin anew: what was counted before it is the parent's to write."""

@@ -16,6 +16,7 @@ from precast import events
 from precast.errors import Reason
 from precast.monitoring import stats
 from precast.monitoring.stats import StatsListener, add_up, read_stats
+from precast.testing import every_fault
 
 REASON = Reason("tier-failed", "no route to host", "Check it")
 NOW_S = 1_700_000_000.0  # 2023-11-14, 22:13 UTC.
@@ -84,6 +85,7 @@ def test_misses_are_counted_by_cause_and_kept_without_their_parts(
     listener = make_listener(explain=explain)
     listener(events.PieceMissed("piece_0", "key", {"torch": "2.13"}))
     listener(events.AssemblyMissed("m", "other", {"model": "m"}, None))
+    listener(events.PieceMissed("piece_0", "key", {"torch": "2.13"}))  # Looked up again.
     listener(events.PieceCompiled("piece_0", "key", "aot_inductor", 10.0, 1000, 1))
     listener(events.ArtifactPublished("key", "disk", 1100, 0.1))
     listener(ready(warm=False))
@@ -154,6 +156,19 @@ def test_what_cannot_be_written_is_not(
     listener(ready())
     assert not (tmp_path / "nowhere").exists()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_failing_file_operation_reaches_the_model(tmp_path: Path) -> None:
+    """
+    Nor does it keep the next process from writing whole lines.
+    """
+    for fault in every_fault():
+        (tmp_path / str(fault.n)).mkdir()
+        folder = tmp_path / str(fault.n) / "stats"
+        with fault:
+            StatsListener(str(folder), no_cause)(ready())
+        StatsListener(str(folder), no_cause)(ready())
+        assert len(list(read_stats(str(folder)))) in (1, 2)
 
 
 def test_old_days_are_removed_with_a_new_days_first_line(
