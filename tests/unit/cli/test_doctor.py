@@ -70,6 +70,25 @@ def test_a_compiler_that_links_statically_is_found(
     assert "CXX=/usr/bin/g++" in found["compiled code"]["remedy"]
 
 
+def open_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the child process that opens the library not import torch."""
+    program = checks._PROBE_TORCH.partition("import torch")[0]
+    program += 'print("torch " + json.dumps({"cpu": "", "cuda": None, "devices": []}), flush=True)'
+    program += checks._PROBE_TORCH.partition("flush=True)")[2]
+    monkeypatch.setattr(checks, "_PROBE_TORCH", program)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_static_library_is_found_even_where_it_does_not_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_without_torch(monkeypatch)
+    wrapper = script(tmp_path / "static-g++", 'exec g++ -static-libstdc++ "$@"')
+    found = examine_compiler(monkeypatch, wrapper)
+    assert found["compiled code"]["status"] == "failed"
+    assert "which crashes beside torch's" in found["compiled code"]["message"]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_compiled_code_that_crashes_is_found_out_and_survived(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -80,10 +99,7 @@ def test_compiled_code_that_crashes_is_found_out_and_survived(
     monkeypatch.setattr(
         checks, "_PROBE_SOURCE", 'extern "C" int precast_probe(int) { __builtin_trap(); }'
     )
-    program = checks._PROBE_TORCH.partition("import torch")[0]
-    program += 'print("torch " + json.dumps({"cpu": "", "cuda": None, "devices": []}), flush=True)'
-    program += checks._PROBE_TORCH.partition("flush=True)")[2]
-    monkeypatch.setattr(checks, "_PROBE_TORCH", program)
+    open_without_torch(monkeypatch)
     found = examine_compiler(monkeypatch, "g++")
     assert found["compiled code"]["status"] == "failed"
     assert "crashes beside torch (signal" in found["compiled code"]["message"]
