@@ -73,9 +73,16 @@ def _labels(payload: Mapping[str, Any]) -> dict[str, Any]:
         "torch": str(parts.get("torch", "")).partition(" ")[0] or None,
         "seconds": payload.get("seconds"),
         "num_pieces": len(records) if records else None,
+        "note": _note(payload.get("failure")),
         "files": payload.get("files", {}),
         "file_bytes": sum(payload.get("sizes", {}).values()),
     }
+
+
+def _note(failure: object) -> str | None:
+    """Return why a remembered failure is one."""
+    reason = failure.get("reason") if isinstance(failure, dict) else None
+    return reason.get("message") if isinstance(reason, dict) else None
 
 
 def _records(payload: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -77,6 +77,8 @@ def _what(entry: dict[str, Any]) -> str:
     """Say in a few words what an entry is."""
     if entry["problem"] is not None:
         return f"damaged: {entry['problem']}"
+    if entry["note"] is not None:
+        return str(entry["note"])
     if entry["model"] is not None:
         return f"{entry['model']}, {entry['num_pieces'] or 0} pieces"
     users = ", ".join(entry["used_by"])
