@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from precast import __version__
-from precast.cli import cache, doctor, explain, stats
+from precast.cli import bundle, cache, doctor, explain, keys, stats
 from precast.cli.options import PROBLEMS, USAGE
 from precast.errors import ConfigError, PrecastError
 
@@ -63,6 +63,8 @@ def _root(
 
 
 app.add_typer(cache.app, name="cache")
+app.add_typer(bundle.app, name="bundle")
+app.add_typer(keys.app, name="keys")
 app.command("stats")(stats.stats)
 app.command("explain")(explain.explain)
 app.command("doctor")(doctor.doctor)

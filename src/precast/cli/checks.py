@@ -18,11 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from precast.cache import DiskCache
+from precast.errors import StoreError
+
 #: The versions of torch whose internals `torch_private.py` knows: from, and up to without it.
 TORCH_RANGE = ((2, 11), (2, 14))
 
 #: Optional packages, and the extra that brings them.
-OPTIONAL = {"rich": "cli", "typer": "cli"}
+OPTIONAL = {"cryptography": "trust", "rich": "cli", "typer": "cli"}
 
 _LOW_SPACE_BYTES = 1 << 30
 _MOST_SKEW_S = 5.0
@@ -185,17 +188,14 @@ def check_folder(path: Path) -> Iterable[Finding]:
     if not place.is_dir():
         yield finding("cache folder", "failed", f"{place} is no folder", "Set `cache_dir`")
         return
-    stat = place.stat()
     if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
         message = f"{place} may not be read and written by this user"
         yield finding("cache folder", "failed", message, "Change its rights, or set `cache_dir`")
         return
-    if place == path and stat.st_uid != os.getuid():
-        message = f"{path} belongs to user {stat.st_uid}, who could change code that runs here"
-        yield finding("cache folder", "warning", message, "Set `cache_dir` to a folder of your own")
-    elif place == path and stat.st_mode & 0o022:
-        message = f"{path} may be written by others, who could change code that runs here"
-        yield finding("cache folder", "warning", message, f"chmod 700 {shlex.quote(str(path))}")
+    try:
+        DiskCache(path).read_manifest("doctor")  # Refuses what others could have written to.
+    except StoreError as error:
+        yield finding("cache folder", "failed", error.problem, error.remedy)
     else:
         yield finding("cache folder", "ok", where)
     system = os.statvfs(place)

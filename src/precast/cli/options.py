@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from precast.cache import DiskCache
+from precast.cache.catalog import list_entries
+from precast.cache.trust import Trust, open_trust
 from precast.config import CompilationConfig, read_config
 
 if TYPE_CHECKING:
@@ -44,6 +46,43 @@ def settings(cache_dir: Path | None) -> CompilationConfig:
 def open_disk(cache_dir: Path | None) -> DiskCache:
     """Return the disk tier. It may not be there yet."""
     return DiskCache(settings(cache_dir).cache_path())
+
+
+def open_tiers(config: CompilationConfig) -> list[CacheInterface]:
+    """Return the tiers that outlive a process, nearest first; asks none of them."""
+    return [DiskCache(config.cache_path())]
+
+
+def read_trust(config: CompilationConfig) -> Trust:
+    """Return which keys sign and whose signatures count.
+
+    Raises:
+        ConfigError: A key cannot be read, or `cryptography` is missing.
+    """
+    return open_trust(
+        signing_key=config.signing_key,
+        trusted_keys=config.trusted_key_sources(),
+        allow_unsigned=config.allow_unsigned,
+    )
+
+
+def find_keys(tiers: Sequence[CacheInterface], text: str) -> list[str]:
+    """Return the keys that a text stands for: one by its first characters, or all of a model.
+
+    Raises:
+        StoreError: A tier failed.
+        typer.BadParameter: There is none.
+    """
+    problem: typer.BadParameter | None = None
+    for tier in tiers:
+        try:
+            return [find_key(tier, text)]
+        except typer.BadParameter as error:
+            problem = problem or error
+            named = [entry["key"] for entry in list_entries(tier) if entry["model"] == text]
+            if named:
+                return named
+    raise problem or typer.BadParameter("there is no tier to look in")
 
 
 def find_key(tier: CacheInterface, text: str) -> str:

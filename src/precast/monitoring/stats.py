@@ -1,4 +1,4 @@
-# ruff: noqa: PTH102, PTH108, PTH112, PTH118, PTH120, PTH123, PTH208
+# ruff: noqa: PTH102, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
 # PTH: `pathlib` costs a warm start a millisecond to import and more to use.
 """What the cache did over all processes: a line for each start, in a file for each day.
 
@@ -36,6 +36,7 @@ MAX_FILE_BYTES = 8 << 20
 _INTERVAL_S = 60.0  # Between two lines of one busy model.
 _MOST_MISSES = 16  # Explained in one line.
 _DAY_S = 24 * 3600.0
+_OTHERS_WRITE = 0o022
 
 #: Finds for each missed thing why it was missed, as `cause`, `nearest` and `differs`.
 Explain = Callable[["list[dict[str, Any]]"], None]
@@ -58,8 +59,8 @@ class StatsListener:
         """Write nothing yet.
 
         Args:
-            folder: Where the days' files lie. It is made when the folder that holds it is there:
-                where nothing was ever cached there is nothing to tell.
+            folder: Where the days' files lie. It is made when the folder that holds it is there
+                and this user's own: where nothing was ever cached there is nothing to tell.
             explain: Adds to each miss why it was one. Called before a line is written, outside
                 any lock; misses have `kind`, `name`, `key`, `parts` and `problem`.
             clock: Seconds that only grow.
@@ -136,6 +137,7 @@ class _Tally:
                 | events.VerifyMismatched(reason=reason)
                 | events.TierFailed(reason=reason)
                 | events.ArtifactQuarantined(reason=reason)
+                | events.ArtifactRefused(reason=reason)
                 | events.AssemblyRejected(reason=reason)
                 | events.CallOutsideContract(reason=reason)
                 | events.FellBack(reason=reason)
@@ -222,14 +224,15 @@ def _append(folder: str, line: Mapping[str, Any], now_s: float) -> None:
     Raises:
         OSError: It could not be written.
     """
+    bucket = os.stat(os.path.dirname(folder))
+    if bucket.st_uid != os.getuid() or bucket.st_mode & _OTHERS_WRITE:
+        raise PermissionError(f"{folder} could be changed by others")
     data = b"\n" + json.dumps(line, sort_keys=True, separators=(",", ":")).encode() + b"\n"
     path = os.path.join(folder, f"{_day(now_s)}.jsonl")
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         file = os.open(path, flags, 0o600)
     except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(folder)):
-            return
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         file = os.open(path, flags, 0o600)
@@ -261,8 +264,8 @@ def read_stats(folder: str, since_s: float = 0.0) -> Iterator[dict[str, Any]]:
         try:
             with open(os.path.join(folder, name), "rb") as file:
                 lines = file.read().splitlines()
-        except FileNotFoundError:
-            continue  # Removed meanwhile, being too old.
+        except (FileNotFoundError, IsADirectoryError):
+            continue  # Removed meanwhile, being too old; or not ours at all.
         for line in lines:
             found = _read_line(line)
             if found is not None and found["at"] >= since_s:

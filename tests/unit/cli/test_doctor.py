@@ -132,13 +132,16 @@ def test_a_folder_of_ones_own_is_fine(tmp_path: Path) -> None:
     assert found["cache folder"]["status"] == "ok"
 
 
-def test_a_folder_that_others_may_write_is_warned_of(tmp_path: Path) -> None:
+def test_a_folder_that_others_may_write_is_a_failure(tmp_path: Path) -> None:
+    """
+    As it is to a model, which does not use it then.
+    """
     place = tmp_path / "open to all"
     place.mkdir()
     place.chmod(0o777)
     found = by_check(checks.check_folder(place))["cache folder"]
-    assert found["status"] == "warning"
-    assert found["remedy"] == f"chmod 700 '{place}'"
+    assert found["status"] == "failed"
+    assert "chmod" in found["remedy"]
 
 
 def test_a_file_in_place_of_the_folder_is_a_failure(tmp_path: Path) -> None:

@@ -138,12 +138,16 @@ def test_a_spoilt_line_spoils_only_itself(
     assert len(list(read_stats(str(folder)))) == 2
 
 
-@pytest.mark.parametrize("obstacle", ["no cache", "a file", "a link", "a folder for a file"])
+@pytest.mark.parametrize(
+    "obstacle", ["no cache", "a file", "a link", "a folder for a file", "open to others"]
+)
 def test_what_cannot_be_written_is_not(
     tmp_path: Path, make_listener: MakeListener, folder: Path, obstacle: str
 ) -> None:
     if obstacle == "no cache":
         folder = tmp_path / "nowhere" / "v1" / "stats"
+    elif obstacle == "open to others":
+        tmp_path.chmod(0o777)
     elif obstacle == "a file":
         folder.write_text("mine")
     elif obstacle == "a link":
@@ -154,6 +158,7 @@ def test_what_cannot_be_written_is_not(
     listener = StatsListener(str(folder), no_cause, now=lambda: NOW_S)
     listener(ready())
     listener(ready())
+    assert list(read_stats(str(folder))) == []
     assert not (tmp_path / "nowhere").exists()
     assert not (tmp_path / "elsewhere").exists()
 
