@@ -38,27 +38,22 @@ def list_entries(tier: CacheInterface) -> list[dict[str, Any]]:
     """
     found = []
     used_by: dict[str, set[str]] = {}
-    for key, used_s, num_bytes in _manifests(tier):
-        entry: dict[str, Any] = {"key": key, "used_s": used_s, "manifest_bytes": num_bytes}
+    for key in sorted(tier.manifest_keys()):
+        data = tier.read_manifest(key)
+        if data is None:
+            continue  # Removed meanwhile.
+        entry: dict[str, Any] = {"key": key, "manifest_bytes": len(data)}
         try:
-            payload = read_payload(tier, key)
+            payload = decode_manifest(key, data, f"{tier.name}:{key}")
         except ArtifactCorruptError as error:
             found.append({**entry, **_labels({}), "problem": error.problem})
             continue
-        if payload is None:
-            continue  # Removed meanwhile.
         found.append({**entry, **_labels(payload), "problem": None})
         for record in _records(payload):
             used_by.setdefault(record.get("key", ""), set()).add(payload.get("model", key))
     for entry in found:
         entry["used_by"] = sorted(used_by.get(entry["key"], ()))
     return found
-
-
-def _manifests(tier: CacheInterface) -> list[tuple[str, float, int]]:
-    """Return key, time of last use and size of each manifest, the latest first."""
-    found = [(key, 0.0, len(tier.read_manifest(key) or b"")) for key in tier.manifest_keys()]
-    return sorted(found, key=lambda entry: -entry[1])
 
 
 def _labels(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,16 +68,9 @@ def _labels(payload: Mapping[str, Any]) -> dict[str, Any]:
         "torch": str(parts.get("torch", "")).partition(" ")[0] or None,
         "seconds": payload.get("seconds"),
         "num_pieces": len(records) if records else None,
-        "note": _note(payload.get("failure")),
         "files": payload.get("files", {}),
         "file_bytes": sum(payload.get("sizes", {}).values()),
     }
-
-
-def _note(failure: object) -> str | None:
-    """Return why a remembered failure is one."""
-    reason = failure.get("reason") if isinstance(failure, dict) else None
-    return reason.get("message") if isinstance(reason, dict) else None
 
 
 def _records(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -95,7 +83,7 @@ def _records(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 def stored_parts(
     tier: CacheInterface, clock: Callable[[], float], budget_s: float | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Iterate over the keys of a tier and what they were made from, the last used first.
+    """Iterate over the keys of a tier and what they were made from.
 
     What is damaged or says nothing is left out; a tier that fails ends it.
 
@@ -106,7 +94,7 @@ def stored_parts(
     """
     end_s = None if budget_s is None else clock() + budget_s
     try:
-        for key, _, _ in _manifests(tier):
+        for key in tier.manifest_keys():
             if end_s is not None and clock() > end_s:
                 return
             try:

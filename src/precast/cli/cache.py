@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,7 @@ KeysArgument = Annotated[
 ]
 
 _SORTS = {
-    "used": lambda entry: -entry["used_s"],
+    "kind": lambda entry: (entry["kind"], entry["model"] or "", entry["key"]),
     "size": lambda entry: -entry["file_bytes"],
     "seconds": lambda entry: -(entry["seconds"] or 0),
     "key": lambda entry: entry["key"],
@@ -30,7 +29,7 @@ def list_cache(
         str | None,
         typer.Option(help="Only of this kind: `assembly`, `piece`.", show_default=False),
     ] = None,
-    sort: Annotated[str, typer.Option(help=f"By {', '.join(_SORTS)}.")] = "used",
+    sort: Annotated[str, typer.Option(help=f"By {', '.join(_SORTS)}.")] = "kind",
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,14 +46,13 @@ def list_cache(
 
         print_json({"tier": tier.name, "place": tier.root, "entries": entries})
         return
-    from precast.cli.output import as_age, as_bytes, as_seconds, print_line, print_table
+    from precast.cli.output import as_bytes, as_seconds, print_line, print_table
 
     if not entries:
         print_line(f"Nothing is kept in {tier.root}.")
         return
-    now_s = time.time()
     print_table(
-        ("key", "kind", "what", "device", ">compiled in", ">size", ">used"),
+        ("key", "kind", "what", "device", ">compiled in", ">size"),
         [
             (
                 entry["key"][:12] + entry["key"][64:],
@@ -63,7 +61,6 @@ def list_cache(
                 entry["device"] or "",
                 as_seconds(entry["seconds"]),
                 as_bytes(entry["file_bytes"] + entry["manifest_bytes"]),
-                as_age(entry["used_s"], now_s),
             )
             for entry in entries
         ],
@@ -77,8 +74,6 @@ def _what(entry: dict[str, Any]) -> str:
     """Say in a few words what an entry is."""
     if entry["problem"] is not None:
         return f"damaged: {entry['problem']}"
-    if entry["note"] is not None:
-        return str(entry["note"])
     if entry["model"] is not None:
         return f"{entry['model']}, {entry['num_pieces'] or 0} pieces"
     users = ", ".join(entry["used_by"])

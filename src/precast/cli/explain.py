@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from precast.cache.catalog import read_payload, stored_parts
 from precast.cache.disk import BUCKET
-from precast.cli.options import CacheDirOption, JsonOption, find_key, open_disk
+from precast.cli.options import CacheDirOption, JsonOption, find_keys, open_disk
 from precast.errors import StoreError
 from precast.graph.key import HashComputer, cause_of_miss, find_nearest
 from precast.monitoring.stats import read_stats
 
+if TYPE_CHECKING:
+    from precast.cache.interface import CacheInterface
 
-def explain_key(tier: Any, text: str, other: str | None) -> dict[str, Any]:
+
+def explain_key(tier: CacheInterface, text: str, other: str | None) -> dict[str, Any]:
     """Return in which parts a stored key differs from another, or from the nearest one.
 
     Args:
@@ -50,16 +53,13 @@ def explain_key(tier: Any, text: str, other: str | None) -> dict[str, Any]:
     }
 
 
-def _find(tier: Any, text: str) -> str:
-    """Return a key by its first characters, or the last used one of a model by its name."""
-    try:
-        return find_key(tier, text)
-    except typer.BadParameter:
-        for key, _ in stored_parts(tier, time.perf_counter):
-            payload = read_payload(tier, key)
-            if payload is not None and payload.get("model") == text:
-                return key
-        raise
+def _find(tier: CacheInterface, text: str) -> str:
+    """Return a key by its first characters, or that of a model by its name."""
+    found = find_keys([tier], text)
+    if len(found) > 1:
+        some = ", ".join(key[:12] for key in found[:4])
+        raise typer.BadParameter(f"{len(found)} assemblies are of {text}: {some}; give a key")
+    return found[0]
 
 
 def _parts(stored: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _parts(stored: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
     return stored[key]
 
 
-def _text_difference(tier: Any, old: str | None, new: str) -> list[str]:
+def _text_difference(tier: CacheInterface, old: str | None, new: str) -> list[str]:
     """Return how the texts of two pieces differ, as a unified diff; empty for other things."""
     if old is None:
         return []

@@ -63,19 +63,6 @@ def as_seconds(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def as_age(at_s: float, now_s: float) -> str:
-    """Return how long ago a moment is.
-
-    >>> as_age(0, 30), as_age(0, 7300), as_age(0, 3 * 86400)
-    ('now', '2 h', '3 d')
-    """
-    age_s = now_s - at_s
-    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
-        if age_s >= seconds:
-            return f"{age_s / seconds:.0f} {unit}"
-    return "now"
-
-
 def as_time(at_s: float) -> str:
     """Return a moment by the user's own clock."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_s))

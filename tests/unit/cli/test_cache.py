@@ -30,7 +30,7 @@ def test_ls_filters_and_sorts(stored: Stored, run: Run, run_json: RunJson) -> No
     stored.add_assembly(small)
     found = run_json("cache", "ls", "--kind", "piece", "--sort", "size")
     assert [entry["key"] for entry in found["entries"]] == [large, small]
-    assert "none of used" in run("cache", "ls", "--sort", "age", code=2)
+    assert "none of kind" in run("cache", "ls", "--sort", "age", code=2)
 
 
 def test_an_empty_or_missing_cache_is_no_problem(run: Run, run_json: RunJson) -> None:

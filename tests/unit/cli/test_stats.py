@@ -105,12 +105,13 @@ def test_pieces_of_other_text_are_compared_line_by_line(
     assert "+    v0 = torch.sigmoid(a0)" in run("explain", new, old)
 
 
-def test_a_model_is_found_by_name(stored: Stored, run_json: RunJson) -> None:
+def test_a_model_is_found_by_name(stored: Stored, run: Run, run_json: RunJson) -> None:
     key = stored.add_assembly(model="Encoder")
-    other = stored.add_assembly(model="Encoder", cpu="x86_64 AVX2 1111")
+    other = stored.add_assembly(model="Decoder", cpu="x86_64 AVX2 1111")
     found = run_json("explain", "Encoder")
-    assert {found["key"], found["nearest"]} == {key, other}
-    assert found["cause"] == "cpu"
+    assert (found["key"], found["nearest"], found["cause"]) == (key, other, "new model")
+    stored.add_assembly(model="Encoder", cpu="x86_64 AVX2 1111")
+    assert "2 assemblies are of Encoder" in run("explain", "Encoder", code=2)
 
 
 @pytest.mark.parametrize("arguments", [(), ("Decoder", "--last")])
