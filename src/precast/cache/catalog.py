@@ -10,7 +10,8 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from precast.cache.manifest import decode_manifest
+from precast.cache.manifest import decode_manifest, encode_manifest
+from precast.cache.trust import NO_KEYS, Trust, is_shared, is_unsigned, mark_unsigned
 from precast.errors import ArtifactCorruptError, StoreError
 
 if TYPE_CHECKING:
@@ -185,12 +186,22 @@ def with_named(tier: CacheInterface, keys: Iterable[str]) -> list[str]:
 
 
 def copy_entries(
-    source: CacheInterface, target: CacheInterface, keys: Sequence[str]
+    source: CacheInterface,
+    target: CacheInterface,
+    keys: Sequence[str],
+    *,
+    trust: Trust = NO_KEYS,
 ) -> dict[str, Any]:
     """Copy manifests with their blobs from one tier to another, and return what became of them.
 
-    Nothing is copied that is not sound. Blobs first, so that a reader never finds a manifest
-    without them; bytes are copied as they are, signatures and all.
+    Nothing is copied that is not sound, and from a shared tier nothing that may not be used. Blobs
+    first, so that a reader never finds a manifest without them.
+
+    Args:
+        source: Where to read.
+        target: Where to write.
+        keys: Of the manifests.
+        trust: Whose signatures count; signs what goes to a shared tier.
 
     Raises:
         StoreError: A tier failed; what was copied until then is whole.
@@ -207,6 +218,14 @@ def copy_entries(
         except ArtifactCorruptError as error:
             problems.append({"key": key, "problem": error.problem})
             continue
+        problem = trust.find_problem(source, payload)
+        if problem is not None and not trust.allow_unsigned:
+            problems.append({"key": key, "problem": problem})
+            continue
+        if problem is not None and not is_unsigned(payload):
+            payload, data = mark_unsigned(payload)
+        elif trust.signing_key is not None and is_shared(target):
+            data = encode_manifest(trust.sign(payload))
         missing = [d for d in payload["files"].values() if not target.has_blob(d)]
         if not missing and target.read_manifest(key) == data:
             present.append(key)

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precast.cache.catalog import find_damage, list_entries, read_payload, with_named
-from precast.cli.options import PROBLEMS, CacheDirOption, JsonOption, find_key, open_disk
+from precast.cache import DiskCache
+from precast.cache.catalog import (
+    copy_entries,
+    find_damage,
+    list_entries,
+    read_payload,
+    with_named,
+)
+from precast.cli.options import (
+    PROBLEMS,
+    CacheDirOption,
+    JsonOption,
+    TierOption,
+    find_key,
+    find_keys,
+    open_tier,
+    open_tiers,
+    pick_tier,
+    read_trust,
+    settings,
+)
+from precast.errors import StoreError
+
+if TYPE_CHECKING:
+    from precast.cache.interface import CacheInterface
 
 app = typer.Typer(no_args_is_help=True, help="Look after the artifacts that a tier keeps.")
 
 KeysArgument = Annotated[
     list[str], typer.Argument(metavar="KEY...", help="Keys, or their first characters.")
+]
+SomeKeysArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY]...",
+        help="Keys, their first characters, or names of models; else all.",
+        show_default=False,
+    ),
 ]
 
 _SORTS = {
@@ -30,13 +61,14 @@ def list_cache(
         typer.Option(help="Only of this kind: `assembly`, `piece`.", show_default=False),
     ] = None,
     sort: Annotated[str, typer.Option(help=f"By {', '.join(_SORTS)}.")] = "kind",
+    tier_name: TierOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List what is kept: assemblies (models) and the pieces that they share."""
     if sort not in _SORTS:
         raise typer.BadParameter(f"{sort!r} is none of {', '.join(_SORTS)}", param_hint="--sort")
-    tier = open_disk(cache_dir)
+    tier = open_tier(cache_dir, tier_name)
     entries = sorted(list_entries(tier), key=_SORTS[sort])
     entries = [entry for entry in entries if kind is None or entry["kind"] == kind]
     sizes = {digest: 0 for entry in entries for digest in entry["files"].values()}
@@ -44,12 +76,12 @@ def list_cache(
     if as_json:
         from precast.cli.output import print_json
 
-        print_json({"tier": tier.name, "place": tier.root, "entries": entries})
+        print_json({"tier": tier.name, "place": _place(tier), "entries": entries})
         return
     from precast.cli.output import as_bytes, as_seconds, print_line, print_table
 
     if not entries:
-        print_line(f"Nothing is kept in {tier.root}.")
+        print_line(f"Nothing is kept in {_place(tier)}.")
         return
     print_table(
         ("key", "kind", "what", "device", ">compiled in", ">size"),
@@ -66,8 +98,13 @@ def list_cache(
         ],
     )
     print_line(
-        f"\n{len(entries)} entries with {len(sizes)} files, {as_bytes(total)}, in {tier.root}"
+        f"\n{len(entries)} entries with {len(sizes)} files, {as_bytes(total)}, in {_place(tier)}"
     )
+
+
+def _place(tier: CacheInterface) -> str:
+    """Say where a tier is: its folder, or its name."""
+    return tier.root if isinstance(tier, DiskCache) else f"tier {tier.name}"
 
 
 def _what(entry: dict[str, Any]) -> str:
@@ -84,13 +121,14 @@ def _what(entry: dict[str, Any]) -> str:
 def show(
     key: Annotated[str, typer.Argument(help="A key, or its first characters.")],
     text: Annotated[bool, typer.Option("--text", help="Print a piece's text, no more.")] = False,
+    tier_name: TierOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show one entry: what it was made from, its files, how it was verified."""
     from precast.cli.output import print_json, print_line
 
-    tier = open_disk(cache_dir)
+    tier = open_tier(cache_dir, tier_name)
     key = find_key(tier, key)
     payload = read_payload(tier, key) or {}
     if text:
@@ -151,6 +189,7 @@ def remove(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")
     ] = False,
+    tier_name: TierOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -160,9 +199,10 @@ def remove(
     """
     from precast.cli.output import print_json, print_line
 
-    tier = open_disk(cache_dir)
+    tier = open_tier(cache_dir, tier_name)
     found = list(dict.fromkeys(find_key(tier, key) for key in keys))
     if not dry_run:
+        _check_writable(tier, "delete manifest")
         for key in found:
             tier.delete_manifest(key)
     if as_json:
@@ -181,6 +221,7 @@ def verify(
     set_aside: Annotated[
         bool, typer.Option("--set-aside", help="Move what is damaged into quarantine.")
     ] = False,
+    tier_name: TierOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -191,7 +232,7 @@ def verify(
     """
     from precast.cli.output import as_bytes, print_json, print_line, print_table
 
-    tier = open_disk(cache_dir)
+    tier = open_tier(cache_dir, tier_name)
     wanted = (
         with_named(tier, [find_key(tier, key) for key in keys])
         if keys
@@ -214,4 +255,95 @@ def verify(
             f"{as_bytes(found['num_bytes'])}: {outcome}"
         )
     if found["problems"]:
+        raise typer.Exit(PROBLEMS)
+
+
+def _check_writable(tier: CacheInterface, operation: str) -> None:
+    """Refuse a tier that is only read.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    if not tier.is_writable:
+        raise StoreError(tier.name, operation, "it is read-only, or may not be written by us")
+
+
+@app.command("push")
+def push(
+    keys: SomeKeysArgument = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="Only to this tier; else to all shared.", show_default=False),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy from the nearest tier to the shared ones of the setting `cache_url`.
+
+    Assemblies take the pieces that they need along. Signed where `signing_key` names a key.
+    """
+    config = settings(cache_dir)
+    source, *others = open_tiers(config)
+    targets = [pick_tier(others, to)] if to else [tier for tier in others if tier.is_writable]
+    if not targets:
+        raise typer.BadParameter("no tier to push to; name one in `cache_url`: 'disk,redis://host'")
+    done = []
+    wanted = _wanted(source, keys)
+    for target in targets:
+        _check_writable(target, "write manifest")
+        done.append(copy_entries(source, target, wanted, trust=read_trust(config)))
+    _show_copies(done, as_json)
+
+
+@app.command("pull")
+def pull(
+    keys: SomeKeysArgument = None,
+    source_name: Annotated[
+        str | None,
+        typer.Option("--from", help="Only from this tier; else from all.", show_default=False),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy from the other tiers of the setting `cache_url` to the nearest, to start without them.
+
+    Only what a key of `trusted_keys` signed, or anything where `allow_unsigned` is set.
+    """
+    config = settings(cache_dir)
+    target, *others = open_tiers(config)
+    sources = [pick_tier(others, source_name)] if source_name else others
+    if not sources:
+        raise typer.BadParameter("no tier to pull from; name one in `cache_url`")
+    _check_writable(target, "write manifest")
+    done = []
+    for source in sources:
+        wanted = _wanted(source, keys)
+        done.append(copy_entries(source, target, wanted, trust=read_trust(config)))
+    _show_copies(done, as_json)
+
+
+def _wanted(source: CacheInterface, keys: list[str] | None) -> list[str]:
+    """Return the keys to copy, what an assembly needs before it."""
+    found = (
+        [found for key in keys for found in find_keys([source], key)]
+        if keys
+        else sorted(source.manifest_keys())
+    )
+    return with_named(source, found)
+
+
+def _show_copies(done: list[dict[str, Any]], as_json: bool) -> None:
+    from precast.cli.output import as_bytes, print_json, print_line
+
+    if as_json:
+        print_json(done)
+    else:
+        for copy in done:
+            for problem in copy["problems"]:
+                print_line(f"left out {problem['key'][:12]}: {problem['problem']}")
+            print_line(
+                f"{copy['from']} to {copy['to']}: {len(copy['copied'])} copied, "
+                f"{as_bytes(copy['num_bytes'])}; {len(copy['present'])} were there"
+            )
+    if any(copy["problems"] for copy in done):
         raise typer.Exit(PROBLEMS)

@@ -16,16 +16,25 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from precast.cache import DiskCache
 from precast.errors import StoreError
+
+if TYPE_CHECKING:
+    from precast.cache.interface import CacheInterface
 
 #: The versions of torch whose internals `torch_private.py` knows: from, and up to without it.
 TORCH_RANGE = ((2, 11), (2, 14))
 
 #: Optional packages, and the extra that brings them.
-OPTIONAL = {"cryptography": "trust", "rich": "cli", "typer": "cli"}
+OPTIONAL = {
+    "cryptography": "trust",
+    "redis": "redis",
+    "rich": "cli",
+    "s3fs": "s3",
+    "typer": "cli",
+}
 
 _LOW_SPACE_BYTES = 1 << 30
 _MOST_SKEW_S = 5.0
@@ -233,6 +242,27 @@ def skew_finding(tier: str, skew_s: float) -> Finding:
     return finding("clock", "warning", message, remedy)
 
 
+def check_tiers(
+    tiers: Iterable[CacheInterface], clock: Callable[[], float] = time.perf_counter
+) -> Iterable[Finding]:
+    """Ask each shared tier for something twice: first with making contact, then without."""
+    for tier in tiers:
+        if not tier.is_shared:
+            continue
+        try:
+            seconds = []
+            for _ in range(2):
+                started_s = clock()
+                tier.read_manifest("doctor")
+                seconds.append(clock() - started_s)
+        except StoreError as error:
+            yield finding(f"tier {tier.name}", "failed", error.problem, error.remedy)
+            continue
+        how = "" if tier.is_writable else ", read-only"
+        message = f"answers in {seconds[1] * 1e3:.1f} ms (first {seconds[0] * 1e3:.0f} ms){how}"
+        yield finding(f"tier {tier.name}", "ok", message)
+
+
 def check_packages() -> Iterable[Finding]:
     """List the optional packages."""
     for package, extra in OPTIONAL.items():
@@ -259,11 +289,14 @@ def run_child(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def examine(cache_dir: Path, *, is_quick: bool) -> Iterable[Finding]:
+def examine(
+    cache_dir: Path, tiers: Iterable[CacheInterface], *, is_quick: bool
+) -> Iterable[Finding]:
     """Yield the findings of all checks, as they come.
 
     Args:
         cache_dir: The disk tier's folder.
+        tiers: All tiers; of these the shared ones are asked whether they answer.
         is_quick: Leave out what takes seconds: the compiler, and importing torch.
     """
     yield from check_python()
@@ -272,4 +305,5 @@ def examine(cache_dir: Path, *, is_quick: bool) -> Iterable[Finding]:
         yield from check_compiler(run_child)
     yield from check_folder(cache_dir)
     yield from check_clock(cache_dir)
+    yield from check_tiers(tiers)
     yield from check_packages()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from precast.cli.options import PROBLEMS, CacheDirOption, JsonOption, settings
+from precast.cli.options import PROBLEMS, CacheDirOption, JsonOption, open_tiers, settings
 
 
 def doctor(
@@ -20,9 +20,9 @@ def doctor(
     from precast.cli.checks import examine
     from precast.cli.output import print_json, print_line
 
-    folder = settings(cache_dir).cache_path()
+    config = settings(cache_dir)
     findings = []
-    for found in examine(folder, is_quick=quick):
+    for found in examine(config.cache_path(), open_tiers(config), is_quick=quick):
         findings.append(found)
         if not as_json:
             print_line(f"{found['status']:8}{found['check']:14}{found['message']}")

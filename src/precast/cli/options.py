@@ -30,6 +30,15 @@ CacheDirOption = Annotated[
         show_default=False,
     ),
 ]
+TierOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tier",
+        help="A tier of the setting `cache_url`, by its name; else the nearest.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -49,8 +58,44 @@ def open_disk(cache_dir: Path | None) -> DiskCache:
 
 
 def open_tiers(config: CompilationConfig) -> list[CacheInterface]:
-    """Return the tiers that outlive a process, nearest first; asks none of them."""
-    return [DiskCache(config.cache_path())]
+    """Return the tiers that outlive a process, nearest first; asks none of them.
+
+    Raises:
+        ConfigError: The setting `cache_url` is not usable.
+    """
+    if config.cache_url is None:
+        return [DiskCache(config.cache_path())]
+    import time
+
+    from precast.cache.chain import open_chain
+
+    chain = open_chain(config.cache_url, config.cache_path(), lambda event: None, time.monotonic)
+    return [tier for tier in chain.tiers if not tier.is_in_memory]
+
+
+def open_tier(cache_dir: Path | None, name: str | None) -> CacheInterface:
+    """Return one tier: the nearest, or the one of a name.
+
+    Raises:
+        ConfigError: The setting `cache_url` is not usable.
+        typer.BadParameter: No tier has that name.
+    """
+    return pick_tier(open_tiers(settings(cache_dir)), name)
+
+
+def pick_tier(tiers: Sequence[CacheInterface], name: str | None) -> CacheInterface:
+    """Return the first tier, or the one of a name.
+
+    Raises:
+        typer.BadParameter: No tier has that name.
+    """
+    for tier in tiers:
+        if name is None or tier.name == name:
+            return tier
+    names = [tier.name for tier in tiers]
+    near = get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
+    raise typer.BadParameter(f"no tier is called {name!r}; {hint}")
 
 
 def read_trust(config: CompilationConfig) -> Trust:
