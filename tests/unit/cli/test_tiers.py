@@ -69,6 +69,10 @@ def test_unsigned_artifacts_are_pulled_only_where_that_is_allowed_and_stay_marke
     run("cache", "pull")
     assert Stored(tmp_path / "other").payload(piece)["unsigned"] is True
 
+    monkeypatch.setenv("PRECAST_CACHE_DIR", str(stored.root))
+    assert "1 were there" in run("cache", "pull")
+    assert "unsigned" not in stored.payload(piece)  # What was made here stays as it is.
+
 
 def test_a_read_only_tier_is_left_alone(
     chain: str, stored: Stored, run: Run, monkeypatch: pytest.MonkeyPatch
