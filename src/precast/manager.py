@@ -430,20 +430,24 @@ class CompilerManager:
         from precast.parts import join
 
         cut = self._cut(piece, name)
-        if cut is None or len(cut["pieces"]) > max_parts:
+        if cut is None:
+            return None
+        slots = [number for number in cut["slots"] if number is not None]
+        if len(slots) > max_parts:
             return None
         parts = [PieceValue.from_json(part) for part in cut.pop("pieces")]
         names = [f"{name}, part {number + 1}" for number in range(len(parts))]
-        results = self.compile(parts, names, max_parts=max_parts // len(parts))
+        results = self.compile(parts, names, max_parts=max_parts // len(slots))
         compiled = [result for result in results if result.compiler != "eager"]
         if not compiled:
             return None
-        num_parts = sum(result.num_parts for result in results)
+        # Equal halves are one piece, which is compiled once and called twice.
+        num_parts = sum(results[number].num_parts for number in slots)
         ranges = dict(cut.get("ranges", {}))
         for number, symbols in cut["symbols"]:
             for symbol, bounds in results[number].ranges.items():
                 ranges[symbols[symbol]] = _both(ranges.get(symbols[symbol]), bounds)
-        num_eager = sum(result.num_eager_parts for result in results)
+        num_eager = sum(results[number].num_eager_parts for number in slots)
         message = f"compiled in {num_parts} parts" + (f", {num_eager} eager" if num_eager else "")
         reason = Reason(reason.code, f"{message}: {reason.message}", reason.remedy)
         compiler = compiled[0].compiler

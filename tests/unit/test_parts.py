@@ -56,6 +56,24 @@ def test_a_long_chain_is_cut_near_its_middle(tmp_path: Path) -> None:
     assert min(counts) >= 6
 
 
+def test_equal_halves_are_one_piece(tmp_path: Path) -> None:
+    piece = Piece(
+        text="def piece(a0, a1):\n"
+        "    v0 = torch.nn.functional.linear(a0, a1, None)\n"
+        "    v1 = torch.nn.functional.linear(v0, a1, None)\n"
+        "    return (v1,)\n",
+        inputs=(spec("s0", 4), spec(4, 4)),
+        outputs=(spec("s0", 4),),
+        symbols=ROWS,
+    )
+    cutter = PieceCutter()
+    details = cutter.compile(piece, str(tmp_path)).details
+
+    assert len(details["pieces"]) == 1
+    assert [number for number in details["slots"] if number is not None] == [0, 0]
+    verify_from_text(piece, cutter.load(details, {}, None), edge_sizes(piece), "parts")
+
+
 def test_the_parts_run_under_the_autocast_of_the_whole(tmp_path: Path) -> None:
     bfloat = spec("s0", 4, dtype="bfloat16")
     piece = Piece(
