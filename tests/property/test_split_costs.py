@@ -132,6 +132,25 @@ def test_split_by_compute(drawing: Drawing, num_pieces: int) -> None:
     assert_equals_whole(drawing, module, rule)
 
 
+def test_what_is_read_late_lives_all_the_time() -> None:
+    """
+    In one piece five tensors live when `d` is made: its arguments `a` and `b`, itself, and both
+    inputs, of which `y` is only read after it. A budget of four gives `y` another piece.
+    """
+    drawing = Drawing()
+    x, y = drawing.wide
+    a = drawing.call(torch.mul, x, 2.0)
+    b = drawing.call(torch.mul, a, 3.0)
+    d = drawing.call(torch.mul, a, b)
+    drawing.graph.output((drawing.call(torch.add, d, y),))
+    module = clean_graph(trace(drawing.graph))
+    tensor = 3 * 4 * 4
+
+    assert smallest_budget(module, 1) == 5 * tensor
+    regions = SplitByMemory(budget_bytes=4 * tensor).place(module).regions
+    assert list(regions.values()) == ["part 0"] * 3 + ["part 1"]
+
+
 def test_one_operator_beyond_the_budget_is_named() -> None:
     drawing = Drawing()
     drawing.wide.append(drawing.call(torch.mul, drawing.wide[0], 2.0))

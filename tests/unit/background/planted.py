@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -30,10 +31,23 @@ class _Planted(EagerAdaptor):
 
 class Hanging(_Planted):
     def misbehave(self, directory: str) -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        # In a session of its own: whoever ends the worker's group alone does not end it.
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+        )
         Path(directory, "child").write_text(str(child.pid))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.hang()
+
+    def hang(self) -> None:
         time.sleep(600)
+
+
+class HangingInC(Hanging):
+    """No thread of the worker gets to run any more."""
+
+    def hang(self) -> None:
+        ctypes.PyDLL(None).sleep(600)
 
 
 class Aborting(_Planted):
@@ -66,13 +80,13 @@ class Greedy(_Planted):
 
 
 class GreedyAndSlow(_Planted):
-    """Grows by and by, in itself and in a child, past any limit but that of the whole."""
+    """Grows by and by to 600 MB, and so does a child of its."""
 
     def misbehave(self, directory: str) -> None:
-        grow = "held = []\nwhile len(held) < 400: held.append(b'x' * (8 << 20)); time.sleep(0.02)"
+        grow = "held = []\nwhile len(held) < 75: held.append(b'x' * (8 << 20)); time.sleep(0.02)"
         subprocess.Popen([sys.executable, "-c", f"import time\n{grow}\ntime.sleep(600)"])
         held = []
-        while len(held) < 400:
+        while len(held) < 75:
             held.append(b"x" * (8 << 20))
             time.sleep(0.02)
         time.sleep(600)
