@@ -115,6 +115,16 @@ def test_what_is_too_large_is_compiled_in_parts(tmp_path: Path) -> None:
     assert f"compiled in {split.parts} parts" in piece["reason"]["message"]
     assert piece["reason"]["code"] == "compile-memory"
 
+    # A bundle holds the files of parts too.
+    precast.save_bundle(model, tmp_path / "bundle")
+    elsewhere = {"cache_dir": tmp_path / "empty", "mode": "cache_only"}
+    taken = precast.compile(
+        Long(), **settings, **elsewhere, bundle=tmp_path / "bundle", allow_unsigned=True
+    )
+    with torch.no_grad():
+        run_long(taken, 5)
+    assert precast.status(taken)["is_warm"]
+
     for forgets_assembly in (False, True):
         events.clear()
         if forgets_assembly:

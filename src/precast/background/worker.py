@@ -141,7 +141,8 @@ def _compile_for_most_sizes(
     except Exception as error:
         usual = _without_small_sizes(piece)
         is_no_range = isinstance(error.__cause__, SizesSpecializedError)
-        if usual is None or is_no_range or _has_broken_device(error):
+        is_too_large = _failure("", error)["code"] == "compile-memory"
+        if usual is None or is_no_range or is_too_large or _has_broken_device(error):
             raise
         try:
             second = Path(directory) / "above-1"

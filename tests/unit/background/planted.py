@@ -98,7 +98,15 @@ class OnlySmall(_Planted):
     def compile(self, piece: Any, directory: str) -> CompiledPiece:
         if piece.text.count("\n    v") > 3:
             raise MemoryError("too many operators")
-        return EagerAdaptor.compile(self, piece, directory)
+        path = Path(directory, "code")
+        path.write_text(piece.text)
+        return CompiledPiece(
+            {"code": str(path)}, EagerAdaptor.compile(self, piece, directory).details
+        )
+
+    def load(self, details: Any, files: Any, piece: Any) -> Any:
+        assert Path(files["code"]).read_text() == details["piece"]["text"]
+        return super().load(details, files, piece)
 
 
 class OnlySmallAndPure(OnlySmall):

@@ -223,7 +223,9 @@ def test_a_hung_compile_is_gone_two_seconds_after_its_time(tmp_path: Path) -> No
         with pytest.raises(CompileTimeoutError):
             service.submit(job(tmp_path, "Hanging")).result()
         took = time.monotonic() - started[0]
-        assert service.submit(job(tmp_path / "next", "eager")).result().compiler == "eager"
+        # Unverified: to import torch may take a busy machine as long as this service allows.
+        following = job(tmp_path / "next", "eager").replace(verify=False)
+        assert service.submit(following).result().compiler == "eager"
     child = int(next((tmp_path / "job").rglob("child")).read_text())
 
     assert not is_running(child)
