@@ -14,7 +14,6 @@ from precast.assembly import Assembly, LoadedAssembly, open_assembly
 from precast.cache.trust import is_unsigned
 from precast.errors import ArtifactError, Reason, in_words
 from precast.events import AssemblyRejected
-from precast.manager import eager_call
 from precast.runtime.slot import Slot, SlotTable
 from precast.session import Session
 
@@ -89,11 +88,6 @@ class Candidates:
         assembly = Assembly.from_json(manifest)
         calls = []
         for record in assembly.pieces:
-            if "eager" in record:
-                from precast.graph.piece import Piece
-
-                calls.append(eager_call(Piece.from_json(record["eager"])))
-                continue
             call = self._session.manager.load(
                 record, name=self._session.name, unsigned=is_unsigned(manifest)
             )
@@ -122,7 +116,14 @@ def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
 
 
 def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
+    found = record.get("reason")
+    reason = None if found is None else Reason(**found)
     if "eager" in record:
-        reason = record["reason"]
-        return Slot(name, compiler="eager", reason=None if reason is None else Reason(**reason))
-    return Slot(name, compiler=record["compiler"], tier="cache", seconds_saved=record["seconds"])
+        return Slot(name, compiler="eager", reason=reason)
+    return Slot(
+        name,
+        compiler=record["compiler"],
+        tier="cache",
+        reason=reason,
+        seconds_saved=record["seconds"],
+    )

@@ -79,6 +79,34 @@ class PieceFailed(Event):
     reason: Reason
 
 
+class PieceSplit(Event):
+    """A piece that outgrew a limit of its own was compiled in `parts` smaller ones."""
+
+    piece: str
+    key: str
+    parts: int
+    reason: Reason
+
+
+class JobFinished(Event):
+    """A job of a compile worker came to its end; `code` is why, None where a compiler did it.
+
+    `seconds` are by the clock, `cpu_seconds` those of the worker and its children; `peak_bytes` is
+    the most they held together, sampled; `written_bytes` what they handed to `write` calls. None:
+    not known on this machine. `attempts`: a worker that died is replaced once.
+    """
+
+    piece: str
+    key: str
+    compiler: str | None
+    code: str | None
+    seconds: float
+    cpu_seconds: float | None
+    peak_bytes: int | None
+    written_bytes: int | None
+    attempts: int
+
+
 class PieceVerified(Event):
     """A new artifact was found to compute what the eager piece computes."""
 

@@ -7,8 +7,11 @@ workers at once; what to do with the pieces is the backend's business.
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from precast.events import (
     PieceFailed,
     PieceLoaded,
     PieceMissed,
+    PieceSplit,
     PieceVerified,
     VerifyMismatched,
 )
@@ -40,15 +44,32 @@ if TYPE_CHECKING:
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
 _REMEDY = "nothing to do for a right result; report it if you expected speed"
 
+#: A piece that is too large is cut in two, and each part again, up to so many.
+MAX_PARTS = 8
+# What took too long, or died, is cut only where it is long: else it hangs rather than works.
+_LONG_STATEMENTS = 32
+
 
 class PieceResult:
     """What became of one unique piece.
 
     `call` runs it. `record` is what an assembly keeps to load it again, None where nothing
-    can be kept (compiled in process). `reason` says why it is not compiled, where it is not.
+    can be kept (compiled in process). `reason` says why it is not compiled, where it is not, or
+    why it was compiled in `num_parts`.
     """
 
-    __slots__ = ("call", "compiler", "from_cache", "key", "ranges", "reason", "record", "seconds")
+    __slots__ = (
+        "call",
+        "compiler",
+        "from_cache",
+        "key",
+        "num_eager_parts",
+        "num_parts",
+        "ranges",
+        "reason",
+        "record",
+        "seconds",
+    )
 
     def __init__(
         self,
@@ -61,7 +82,11 @@ class PieceResult:
         from_cache: bool = False,
         reason: Reason | None = None,
         ranges: Mapping[str, Sequence[int | None]] | None = None,
+        num_parts: int = 1,
+        num_eager_parts: int = 0,
     ) -> None:
+        self.num_parts = num_parts
+        self.num_eager_parts = num_eager_parts
         self.call = call
         self.key = key
         self.compiler = compiler
@@ -167,6 +192,19 @@ class CompilerManager:
         Raises:
             PrecastError: The files are sound and yet cannot be loaded here.
         """
+        if "eager" in record:
+            from precast.graph.piece import Piece
+
+            return eager_call(Piece.from_json(record["eager"]))
+        if record.get("kind") == "parts":
+            from precast.parts import join
+
+            unsigned = unsigned or is_unsigned(record)
+            calls = [
+                self.load(part, name=name, unsigned=unsigned)
+                for part in record["details"]["records"]
+            ]
+            return None if None in calls else join(record["details"], calls)
         started = self._clock()
         compiler = self.make_compiler(record["compiler"])
         if (unsigned or is_unsigned(record)) and getattr(compiler, "unpickles", True):
@@ -210,6 +248,7 @@ class CompilerManager:
                     seconds=record["seconds"],
                     from_cache=True,
                     ranges=record["details"].get("ranges"),
+                    num_parts=record["details"].get("num_parts", 1),
                 )
         return None
 
@@ -223,14 +262,19 @@ class CompilerManager:
                 "files": manifest["files"],
                 "seconds": manifest["seconds"],
             }
+            if manifest["kind"] == "parts":
+                record |= {"kind": "parts", "reason": manifest["reason"]}
             return {**record, "unsigned": True} if is_unsigned(manifest) else record
         except KeyError:
             return None  # Another format: a miss.
 
-    def compile(self, pieces: Sequence[Piece], names: Sequence[str]) -> list[PieceResult]:
+    def compile(
+        self, pieces: Sequence[Piece], names: Sequence[str], *, max_parts: int = MAX_PARTS
+    ) -> list[PieceResult]:
         """Return what became of every piece, in order: from the cache, compiled, or eager.
 
-        Never raises for a piece: one that cannot be compiled stays eager, with the reason.
+        Never raises for a piece: one that cannot be compiled stays eager, with the reason. One
+        that outgrows its limits is compiled in at most `max_parts`.
         """
         results: list[PieceResult | None] = [
             self._eager(piece, None)
@@ -250,7 +294,7 @@ class CompilerManager:
             for i in missing:
                 results[i] = self._eager(pieces[i], reason)
         elif missing:
-            self._compile_missing(pieces, names, missing, results)
+            self._compile_missing(pieces, names, missing, results, max_parts)
         return [result for result in results if result is not None]
 
     def _report_missed(self, piece: Piece, name: str) -> None:
@@ -267,6 +311,7 @@ class CompilerManager:
         names: Sequence[str],
         missing: Sequence[int],
         results: list[PieceResult | None],
+        max_parts: int,
     ) -> None:
         in_process = [
             name for name in self.compiler_names() if not self.make_compiler(name).is_saveable
@@ -275,16 +320,14 @@ class CompilerManager:
             for i in missing:
                 results[i] = self._compile_here(pieces[i], names[i], in_process[0])
             return
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="precast-") as scratch:
+        with _scratch_folder() as scratch:
             futures = {}
             for i in missing:
                 directory = Path(scratch) / str(i)
                 directory.mkdir()
                 futures[i] = self._submit(pieces[i], names[i], str(directory))
             for i, future in futures.items():
-                results[i] = self._finish(pieces[i], names[i], future)
+                results[i] = self._finish(pieces[i], names[i], future, max_parts)
 
     def _submit(self, piece: Piece, name: str, directory: str) -> Future[JobResult]:
         from precast.compilers.job import CompileJob
@@ -304,12 +347,15 @@ class CompilerManager:
             )
         )
 
-    def _finish(self, piece: Piece, name: str, future: Future[JobResult]) -> PieceResult:
+    def _finish(
+        self, piece: Piece, name: str, future: Future[JobResult], max_parts: int
+    ) -> PieceResult:
         """Take one worker's answer: save and load what it made, or say why it made nothing."""
         try:
             done = future.result()
         except CompileError as error:
-            return self._failed(piece, name, error.reason)
+            is_killed = getattr(error, "signal", None) == signal.SIGKILL
+            return self._too_large(piece, name, error.reason, max_parts, is_killed=is_killed)
         for failure in done.failures:
             reason = Reason(failure.code, f"{failure.compiler}: {failure.message}", _REMEDY)
             if failure.code == "verify-mismatch":
@@ -317,9 +363,23 @@ class CompilerManager:
             elif done.compiler is not None:
                 self._emit(PieceFailed(name, "", failure.compiler, reason))
         if done.compiler is None:
-            last = done.failures[-1]
+            last = next(
+                (failure for failure in done.failures if failure.code == "compile-memory"),
+                done.failures[-1],
+            )
             reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
-            return self._failed(piece, name, reason)
+            return self._too_large(piece, name, reason, max_parts)
+        try:
+            return self._keep_compiled(piece, name, done)
+        except (PrecastError, OSError) as error:
+            # Its files are not there, or not loadable here.
+            problem = CompileError(name, done.compiler, f"{type(error).__name__}: {error}")
+            return self._failed(
+                piece, name, error.reason if isinstance(error, PrecastError) else problem.reason
+            )
+
+    def _keep_compiled(self, piece: Piece, name: str, done: JobResult) -> PieceResult:
+        assert done.compiler is not None
         # The worker knows a compiler that was given as an object by its class.
         setting = self._config.compiler
         compiler_name = done.compiler if isinstance(setting, str) else self.compiler_names()[0]
@@ -346,14 +406,11 @@ class CompilerManager:
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
         record = self._record(key.digest, payload)
-        try:
-            call = self.load(record, name=name) if record is not None else None
-            if call is None:
-                # No tier could keep it (a full disk, say): open it where the worker left it.
-                call = compiler.load(done.details, self._keep(done.files), None)
-                record = None
-        except PrecastError as error:
-            return self._failed(piece, name, error.reason)
+        call = self.load(record, name=name) if record is not None else None
+        if call is None:
+            # No tier could keep it (a full disk, say): open it where the worker left it.
+            call = compiler.load(done.details, self._keep(done.files), None)
+            record = None
         return PieceResult(
             call=call,
             key=key.digest,
@@ -363,6 +420,106 @@ class CompilerManager:
             ranges=done.details.get("ranges"),
         )
 
+    def _too_large(
+        self, piece: Piece, name: str, reason: Reason, max_parts: int, *, is_killed: bool = False
+    ) -> PieceResult:
+        """Compile a failed piece in smaller parts, where that can help; else it stays eager."""
+        if reason.code == "compile-timeout" or is_killed:
+            # Each part may take as long again: once, and no more.
+            is_long = piece.text.count("\n    v") >= _LONG_STATEMENTS
+            max_parts = min(max_parts, 2) if is_long else 1
+        elif reason.code != "compile-memory":
+            max_parts = 1
+        result = self._in_parts(piece, name, reason, max_parts) if max_parts > 1 else None
+        return result if result is not None else self._failed(piece, name, reason)
+
+    def _in_parts(
+        self, piece: Piece, name: str, reason: Reason, max_parts: int
+    ) -> PieceResult | None:
+        """Return a piece as several that are compiled each for itself; None: it does not help."""
+        from precast.graph.piece import Piece as PieceValue
+        from precast.parts import join
+
+        cut = self._cut(piece, name)
+        if cut is None:
+            return None
+        slots = [number for number in cut["slots"] if number is not None]
+        if len(slots) > max_parts:
+            return None
+        parts = [PieceValue.from_json(part) for part in cut.pop("pieces")]
+        names = [f"{name}, part {number + 1}" for number in range(len(parts))]
+        results = self.compile(parts, names, max_parts=max_parts // len(slots))
+        compiled = [result for result in results if result.compiler != "eager"]
+        if not compiled:
+            return None
+        # Equal halves are one piece, which is compiled once and called twice.
+        num_parts = sum(results[number].num_parts for number in slots)
+        ranges = dict(cut.get("ranges", {}))
+        for number, symbols in cut["symbols"]:
+            for symbol, bounds in results[number].ranges.items():
+                ranges[symbols[symbol]] = _both(ranges.get(symbols[symbol]), bounds)
+        num_eager = sum(results[number].num_eager_parts for number in slots)
+        message = f"compiled in {num_parts} parts" + (f", {num_eager} eager" if num_eager else "")
+        reason = Reason(reason.code, f"{message}: {reason.message}", reason.remedy)
+        compiler = compiled[0].compiler
+        key = self.compute_hash_keys(piece, self.make_compiler(compiler))
+        seconds = sum(result.seconds for result in results)
+        details = {
+            "ranges": ranges,
+            "slots": cut["slots"],
+            "execution": cut["execution"],
+            "num_parts": num_parts,
+            "records": [result.record for result in results],
+        }
+        content: dict[str, Any] = {
+            "kind": "parts",
+            "compiler": compiler,
+            "details": details,
+            "seconds": seconds,
+            "reason": reason.as_dict(),
+        }
+        record: dict[str, Any] | None = None
+        if all(result.record is not None for result in results):
+            if any(is_unsigned(result.record) for result in results if result.record):
+                content["unsigned"] = True  # Nobody vouches for the whole either.
+            record = {"key": key.digest, "files": {}, **content}
+            if not num_eager:
+                # Whoever has this piece next need not find out anew that it is too large.
+                content |= {"parts": key.parts, "piece": piece.to_json(), "verification": None}
+                self._storage.publish(key.digest, content, {})
+        self._emit(PieceSplit(name, key.digest, num_parts, reason))
+        return PieceResult(
+            call=join(details, [result.call for result in results]),
+            key=key.digest,
+            compiler=compiler,
+            record=record,
+            seconds=seconds,
+            reason=reason,
+            ranges=ranges,
+            num_parts=num_parts,
+            num_eager_parts=num_eager,
+        )
+
+    def _cut(self, piece: Piece, name: str) -> dict[str, Any] | None:
+        """Have a worker cut a piece in two; None where it cannot be."""
+        from precast.compilers.job import CompileJob
+        from precast.parts import CUTTER
+
+        with _scratch_folder() as scratch:
+            job = CompileJob(
+                piece=piece.to_json(),
+                name=name,
+                directory=str(Path(scratch) / "cut"),
+                compilers=(CUTTER,),
+                verify=False,  # Each part is; the whole may not fit.
+                is_reported=False,
+            )
+            try:
+                done = self._ensure_service().submit(job).result()
+            except CompileError:
+                return None
+        return None if done.compiler is None else dict(done.details)
+
     def _keep(self, files: Mapping[str, str]) -> dict[str, str]:
         """Copy files that no tier took to a folder that lives as long as this process."""
         import atexit
@@ -370,7 +527,7 @@ class CompilerManager:
         import tempfile
 
         folder = tempfile.mkdtemp(prefix="precast-kept-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(_remove_own, folder, os.getpid())
         return {name: shutil.copy(path, str(Path(folder) / name)) for name, path in files.items()}
 
     def _compile_here(self, piece: Piece, name: str, compiler_name: str) -> PieceResult:
@@ -410,6 +567,7 @@ class CompilerManager:
                 "reason": None if reason is None else reason.as_dict(),
             },
             reason=reason,
+            num_eager_parts=1,
         )
 
     def save(self, key: str, payload: Mapping[str, Any]) -> None:
@@ -426,6 +584,41 @@ def _pickle_reason(compiler: str) -> Reason:
         "Have it signed by a trusted key (`signing_key` where it is published); "
         "`allow_unsigned` does not admit it",
     )
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """Make a temporary folder that is gone afterwards, at the latest at the interpreter's exit."""
+    import atexit
+    import tempfile
+
+    folder, owner = tempfile.mkdtemp(prefix="precast-"), os.getpid()
+    remove = partial(_remove_own, folder, owner)
+    atexit.register(remove)
+    try:
+        yield folder
+    finally:
+        # In this order: at the interpreter's exit a thread may end between any two statements.
+        remove()
+        atexit.unregister(remove)
+
+
+def _remove_own(folder: str, owner: int) -> None:
+    """Remove a folder, unless this process was forked from the one that made it."""
+    import shutil
+
+    tries = 3 if os.getpid() == owner else 0  # Another thread may be at it as well.
+    while tries and Path(folder).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        tries -= 1
+
+
+def _both(one: Sequence[int | None] | None, other: Sequence[int | None]) -> list[int | None]:
+    """Return the range that two ranges have in common; None: no bound."""
+    if one is None:
+        return list(other)
+    highs = [high for high in (one[1], other[1]) if high is not None]
+    return [max(one[0] or 0, other[0] or 0), min(highs, default=None)]
 
 
 class _PathOf:

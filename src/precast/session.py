@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ class Session:
             emit=self.emit,
             clock=time.perf_counter,
             environment=self._worker_environment(),
+            devices=_gpus(),
         )
 
     def close(self) -> None:
@@ -160,6 +162,21 @@ def _open_bundles(config: CompilationConfig) -> list[CacheInterface]:
     from precast.cache.bundle import BundleCache
 
     return [BundleCache(path, parts_of=toolchain_parts) for path in paths]
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that compile jobs spread over: those like the one in use."""
+    from precast.background.limits import gpu_names
+
+    if not torch.cuda.is_initialized():
+        return []
+    kind = torch.cuda.get_device_capability()
+    alike = [
+        number
+        for number in range(torch.cuda.device_count())
+        if torch.cuda.get_device_capability(number) == kind
+    ]
+    return gpu_names(alike, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -24,6 +24,8 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_started": (events.CompileStarted, _one),
     "num_compiled": (events.PieceCompiled, _one),
     "num_failed": (events.PieceFailed, _one),
+    "num_split": (events.PieceSplit, _one),
+    "num_jobs": (events.JobFinished, _one),
     "num_verified": (events.PieceVerified, _one),
     "num_mismatched": (events.VerifyMismatched, _one),
     "num_loaded": (events.PieceLoaded, _one),
@@ -66,6 +68,8 @@ class CompilationCounter:
     num_started: int
     num_compiled: int
     num_failed: int
+    num_split: int
+    num_jobs: int
     num_verified: int
     num_mismatched: int
     num_loaded: int
