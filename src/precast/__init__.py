@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
+    from precast.passes.interface import InductorPass
+    from precast.passes.patterns import pattern_pass
     from precast.split.at_layers import SplitAtLayers
     from precast.split.at_ops import SplitAtOps
     from precast.split.by_compute import SplitByCompute
@@ -22,12 +24,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CompilationConfig",
     "CompilationCounter",
+    "InductorPass",
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
     "SplitByCompute",
     "SplitByMemory",
     "compile",
+    "pattern_pass",
     "release",
     "save_bundle",
     "status",
@@ -37,12 +41,14 @@ __all__ = [
 _HOME = {
     "CompilationConfig": "precast.config",
     "CompilationCounter": "precast.monitoring.counter",
+    "InductorPass": "precast.passes.interface",
     "PrecastError": "precast.errors",
     "SplitAtLayers": "precast.split.at_layers",
     "SplitAtOps": "precast.split.at_ops",
     "SplitByCompute": "precast.split.by_compute",
     "SplitByMemory": "precast.split.by_memory",
     "compile": "precast.api",
+    "pattern_pass": "precast.passes.patterns",
     "release": "precast.api",
     "save_bundle": "precast.api",
     "status": "precast.api",

@@ -21,10 +21,11 @@ from typing import Any
 from precast.contract import Binding, Contract, bind, decode, encode
 from precast.errors import ArtifactIncompatibleError, Reason
 from precast.machine import python_identity
+from precast.runtime.packed import CannotPack, pack
 from precast.runtime.slot import SlotTable
 from precast.stitch import SerializableFunction
 
-ASSEMBLY_VERSION = 1
+ASSEMBLY_VERSION = 2
 _FIELDS = (
     "call_check",
     "contract",
@@ -33,6 +34,8 @@ _FIELDS = (
     "execution",
     "groups",
     "mutates",
+    "packs",
+    "passes",
     "pieces",
     "rest",
     "seconds",
@@ -46,7 +49,9 @@ class Assembly:
 
     `pieces` are the unique pieces' records, `slots` says which of them each slot runs (None: the
     slot was inlined). `groups` are the positions of each slot's weights in the contract's list,
-    `rest` the weights that the execution code takes by name. `example` is the shape of each
+    `rest` the weights that the execution code takes by name. Positions past that list's end are
+    tensors of `packs`: each stacks the weights at the positions that it names. `passes` says what
+    passes did to the whole graph. `example` is the shape of each
     tensor of the captured call, `texts` are the digests of the
     pieces' texts, for revalidation. `mutates`: a call writes into its arguments or the model.
     """
@@ -60,6 +65,8 @@ class Assembly:
     execution: Mapping[str, Any]
     groups: Sequence[Sequence[int]]
     mutates: bool
+    packs: Sequence[Sequence[int]]
+    passes: Sequence[Mapping[str, Any]]
     pieces: Sequence[Mapping[str, Any]]
     rest: Sequence[int]
     seconds: float
@@ -165,6 +172,17 @@ class LoadedAssembly:
         if isinstance(binding, Reason):
             return binding
         weights = binding.weights
+        if self.assembly.packs:
+            try:
+                packed = [pack([weights[i] for i in group]) for group in self.assembly.packs]
+            except CannotPack as problem:
+                return Reason(
+                    "stale-assembly",
+                    f"a weight cannot be packed: {problem}; the model is captured again",
+                    "nothing to do: the new capture replaces this one",
+                )
+            binding.note_moved()
+            weights = [*weights, *packed]
         groups = [[weights[i] for i in group] for group in self.assembly.groups]
         rest = [weights[i] for i in self.assembly.rest]
         execute = partial(self._execution, self.slots.callables, groups, *rest)

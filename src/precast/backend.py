@@ -8,13 +8,16 @@ stored.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import Assembly
-from precast.contract import autocast_state
+from precast.contract import autocast_state, bind
 from precast.errors import Reason
 from precast.events import Emit, FellBack, PlanMade
+from precast.passes.chosen import NO_PASSES, ChosenPasses, choose
+from precast.runtime.packed import may_pack
 from precast.runtime.slot import Slot, SlotTable
 
 if TYPE_CHECKING:
@@ -29,9 +32,14 @@ if TYPE_CHECKING:
     from precast.stitch import ExecutionCode
 
 
+#: Whether the weights of these names may become views of one tensor; of one, with any others.
+MayPack = Callable[[Sequence[str]], bool]
+
+
 class BuiltModel:
     """A graph cut, compiled and stitched.
 
+    `packs` are weights that stack others, by name, and `passes` what passes did to the graph.
     `narrowed` are symbols for which some piece's code holds for fewer sizes than were captured.
     `execution` takes the slots' callables, then (if it takes weights) one list of weights a
     slot, then `rest` (weights that native code reads) and the call's arguments, in order.
@@ -42,6 +50,8 @@ class BuiltModel:
         "groups",
         "mutated",
         "narrowed",
+        "packs",
+        "passes",
         "rest",
         "results",
         "slot_pieces",
@@ -61,6 +71,8 @@ class BuiltModel:
         self.split: str = fields["split"]
         self.texts: list[str] = fields["texts"]
         self.narrowed: dict[str, SymbolRange] = fields["narrowed"]
+        self.packs: dict[str, list[str]] = fields["packs"]
+        self.passes: list[dict[str, Any]] = fields["passes"]
 
     @property
     def num_pieces(self) -> int:
@@ -79,6 +91,7 @@ def build_model(
     manager: CompilerManager,
     emit: Emit,
     name: str,
+    may_pack: MayPack | None = None,
 ) -> BuiltModel:
     """Compile a captured graph piece by piece.
 
@@ -92,12 +105,13 @@ def build_model(
         manager: Finds or compiles the pieces.
         emit: Is told what happens.
         name: Of the model.
+        may_pack: Whether the weights of these names may become views of one tensor.
 
     Raises:
         SplitError: The graph cannot be cut: it holds a higher-order operator, say.
         CompileError: A piece failed and `on_error` is "raise".
     """
-    stitched, written, rule = cut_and_write(
+    stitched, written, rule, changes = cut_and_write(
         graph_module,
         ranges=ranges,
         sources=sources,
@@ -106,6 +120,8 @@ def build_model(
         config=config,
         emit=emit,
         name=name,
+        passes=manager.passes,
+        may_pack=may_pack or pack_nothing,
     )
     unique: dict[str, int] = {}
     pieces: list[Piece] = []
@@ -118,7 +134,7 @@ def build_model(
             names.append(call.region or call.name)
     emit(PlanMade(name, len(stitched.pieces), len(pieces), rule))
     results = manager.compile(pieces, names)
-    return _stitch(stitched, written, unique, results, arguments, rule)
+    return _stitch(stitched, written, unique, results, arguments, rule, changes)
 
 
 def assemble(capture: Capture, built: BuiltModel, example: list[list[int]]) -> Assembly:
@@ -134,7 +150,7 @@ def assemble(capture: Capture, built: BuiltModel, example: list[list[int]]) -> A
 
     assert capture.contract is not None
     capture.contract.code.extend(native_digests(built.execution.targets))
-    position = {name: i for i, name in enumerate(capture.weights)}
+    position = {name: i for i, name in enumerate([*capture.weights, *built.packs])}
     names = [slot.piece if slot is not None else "" for slot in built.slots.slots]
     return Assembly(
         call_check=capture.call_check(sorted(built.mutated), built.narrowed),
@@ -144,6 +160,8 @@ def assemble(capture: Capture, built: BuiltModel, example: list[list[int]]) -> A
         execution=SerializableFunction(built.execution).to_json(),
         groups=[[position[name] for name in group] for group in built.groups],
         mutates=bool(built.mutated),
+        packs=[[position[name] for name in group] for group in built.packs.values()],
+        passes=built.passes,
         pieces=[result.record for result in built.results],
         rest=[position[name] for name in built.rest],
         seconds=sum(result.seconds for result in built.results),
@@ -162,8 +180,10 @@ def cut_and_write(
     config: CompilationConfig,
     emit: Emit,
     name: str,
-) -> tuple[StitchGraph, dict[int, WrittenPiece], str]:
-    """Clean and cut a graph and write its pieces; return the rule's name too.
+    passes: ChosenPasses,
+    may_pack: MayPack,
+) -> tuple[StitchGraph, dict[int, WrittenPiece], str, GraphChanges]:
+    """Clean, change and cut a graph and write its pieces; return the rule's name too.
 
     Raises:
         SplitError: The graph cannot be cut.
@@ -175,6 +195,8 @@ def cut_and_write(
     autocasts = autocast_state()
     clean_graph(graph_module, [device for device, _ in autocasts])
     _read_sizes(graph_module, sources, arguments)
+    changes = _run_passes(graph_module, passes, may_pack)
+    weights = [*weights, *changes.packs]
     rule = _choose_rule(graph_module, config)
     refused: dict[str, str] = {}
     while True:
@@ -182,7 +204,7 @@ def cut_and_write(
         stitched = build_stitch(graph_module, plan, weights)
         written, problems = _write_all(stitched, ranges, autocasts)
         if not problems:
-            return stitched, written, plan.rule
+            return stitched, written, plan.rule, changes
         # What has no text runs as it is, between the pieces. Ends: each round refuses more.
         for call, problem in problems:
             emit(
@@ -199,13 +221,65 @@ def cut_and_write(
             refused.update(dict.fromkeys(plan.partitions[call.index].nodes, "op-unsupported"))
 
 
-def digests_of_texts(capture: Capture, config: CompilationConfig) -> list[str]:
+def packing_rule(capture: Capture, function: Any, owner: Any) -> MayPack:
+    """Return what tells whether weights, by name, may become views of one tensor."""
+    assert capture.contract is not None
+    binding = bind(capture.contract, function, owner)
+    if isinstance(binding, Reason):
+        return pack_nothing  # Whoever binds it next will say so.
+    weights = dict(zip(capture.weights, binding.weights, strict=True))
+    return lambda names: all(n in weights for n in names) and may_pack([weights[n] for n in names])
+
+
+def pack_nothing(names: Sequence[str]) -> bool:
+    """Refuse."""
+    return False
+
+
+class GraphChanges:
+    """What passes did to a whole graph: `packs` as in `BuiltModel`, and a row for each pass."""
+
+    def __init__(self) -> None:
+        self.packs: dict[str, list[str]] = {}
+        self.rows: list[dict[str, Any]] = []
+
+
+def _run_passes(
+    graph_module: torch.fx.GraphModule, passes: ChosenPasses, may_pack: MayPack
+) -> GraphChanges:
+    """Run the passes for whole graphs; they are ours, and exact."""
+    changes = GraphChanges()
+    for name, one in passes.on_whole_graph():
+        started = time.perf_counter()
+        if name.startswith("merge_linears"):
+            matches, packs = one.merge(graph_module.graph, may_pack)
+            changes.packs.update(packs)
+        else:
+            matches = one(graph_module.graph)
+        graph_module.graph.lint()
+        seconds = time.perf_counter() - started
+        changes.rows.append(
+            {"name": name, "stage": "graph", "matches": matches, "seconds": seconds}
+        )
+    return changes
+
+
+def digests_of_texts(
+    capture: Capture, config: CompilationConfig, packs: Sequence[Sequence[int]]
+) -> list[str]:
     """Return the digests of the texts of a capture's pieces, as an assembly keeps them.
+
+    Args:
+        capture: Of a call.
+        config: Of the model.
+        packs: Of the assembly: these weights are packed again, and no others.
 
     Raises:
         SplitError: The graph cannot be cut.
     """
-    _, written, _ = cut_and_write(
+    known = [[capture.weights[i] for i in group] for group in packs]
+    every = {name for group in known for name in group}
+    _, written, _, _ = cut_and_write(
         capture.graph_module,
         ranges=capture.ranges,
         sources=capture.sources,
@@ -214,6 +288,8 @@ def digests_of_texts(capture: Capture, config: CompilationConfig) -> list[str]:
         config=config,
         emit=lambda _: None,
         name="",
+        passes=choose(config.passes) if config.use_inductor else NO_PASSES,
+        may_pack=lambda names: names in known if len(names) > 1 else names[0] in every,
     )
     return sorted({_digest(found.piece.text) for found in written.values()})
 
@@ -315,6 +391,7 @@ def _stitch(
     results: list[PieceResult],
     arguments: Sequence[str],
     split: str,
+    changes: GraphChanges,
 ) -> BuiltModel:
     from precast.stitch import generate_execution_code
 
@@ -349,6 +426,8 @@ def _stitch(
         groups=[groups.get(i, []) for i in range(len(execution.piece_names))],
         rest=[name for name in execution.arguments if name not in arguments],
         mutated=_mutated(stitched),
+        packs=changes.packs,
+        passes=changes.rows,
         results=results,
         slot_pieces=slot_pieces,
         slots=slots,
@@ -378,6 +457,7 @@ def slot_of(name: str, result: PieceResult) -> Slot:
         tier="cache" if result.from_cache else None,
         reason=result.reason,
         seconds_saved=result.seconds if result.from_cache else 0.0,
+        passes=result.passes,
     )
 
 

@@ -109,6 +109,7 @@ def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
     stored: Any = manifest.get("call_check")
     return (
         manifest.get("contract") == assembly.contract
+        and manifest.get("packs") == assembly.packs
         and isinstance(stored, Mapping)
         and stored.get("source") == assembly.call_check["source"]
         and stored.get("constants") == assembly.call_check["constants"]
@@ -126,4 +127,5 @@ def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
         tier="cache",
         reason=reason,
         seconds_saved=record["seconds"],
+        passes=record["details"].get("passes", ()),
     )

@@ -136,6 +136,16 @@ SETTINGS: dict[str, Setting] = {
         remedy="Leave it out to have every size of an input dynamic that can be",
         in_key=True,
     ),
+    "passes": Setting(
+        wanted="names of passes, with commas between or as a tuple, pass objects, or None",
+        accepts=lambda value: value is None or isinstance(value, (str, tuple, list)),
+        remedy="Write () or 'off' for none; docs/passes.md has the names",
+    ),
+    "dump_passes": Setting(
+        wanted="a path or None",
+        accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
+        remedy="Give a folder for graphs before and after each pass",
+    ),
     "compile_threads": Setting(
         wanted="a whole number of at least 1, or None",
         accepts=lambda value: value is None or (_is_whole(value) and value >= 1),
@@ -181,6 +191,8 @@ class CompilationConfig(Value, kw_only=True):
     max_compile_memory: int | None = None  # Bytes of one worker.
     split: object = None  # None: by layers where there are at least four alike, else by ops.
     dynamic_shapes: Any = None  # None: every size that can be.
+    passes: Any = None  # None: those that proved worth it. Counts in keys by identities.
+    dump_passes: str | os.PathLike[str] | None = None
     compile_threads: int | None = None  # Pieces compiled side by side; None: the usable cores.
     verify: bool = True
     on_error: Literal["eager", "raise"] = "eager"

@@ -386,6 +386,10 @@ class Binding:
         self._is_hooked = any(self._hook_truth)
         self._state_guard = state_guard
 
+    def note_moved(self) -> None:
+        """Take the weights' memory as it is now: whoever bound them has moved them."""
+        self._pointers = list(map(self._data_ptr, self.weights))
+
     def is_current(self) -> bool:
         """Whether nothing that was checked at load has been touched since.
 

@@ -156,7 +156,8 @@ class PassError(PrecastError):
         self.pass_name = pass_name
         self.node = node
         self.problem = problem
-        self.summary = f"pass {pass_name!r} failed at node {node!r}: {problem}"
+        where = f" at node {node!r}" if node else ""
+        self.summary = f"pass {pass_name!r} failed{where}: {problem}"
 
 
 class CompileError(PrecastError):

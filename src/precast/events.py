@@ -107,6 +107,25 @@ class JobFinished(Event):
     attempts: int
 
 
+class PassRan(Event):
+    """A pass ran over a new piece; `matches` counts by pattern. `reason`: it was left out."""
+
+    piece: str
+    key: str
+    pass_name: str
+    stage: str
+    matches: dict[str, int]
+    seconds: float
+    reason: Reason | None = None
+
+
+class PassesNotSent(Event):
+    """A pass cannot be given to a compile worker; the piece was compiled in this process."""
+
+    piece: str
+    reason: Reason
+
+
 class PieceVerified(Event):
     """A new artifact was found to compute what the eager piece computes."""
 

@@ -21,6 +21,8 @@ from precast.events import (
     ArtifactRefused,
     CompileStarted,
     Emit,
+    PassesNotSent,
+    PassRan,
     PieceCompiled,
     PieceFailed,
     PieceLoaded,
@@ -30,6 +32,7 @@ from precast.events import (
     VerifyMismatched,
 )
 from precast.graph.key import HashComputer, Key
+from precast.passes.chosen import NO_PASSES, CannotSend, ChosenPasses
 from precast.plugins import load_plugin
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from precast.graph.piece import Piece
 
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
+_SEND = "define the pass at the top of a module that can be imported, with plain attributes"
 _REMEDY = "nothing to do for a right result; report it if you expected speed"
 
 #: A piece that is too large is cut in two, and each part again, up to so many.
@@ -65,6 +69,7 @@ class PieceResult:
         "key",
         "num_eager_parts",
         "num_parts",
+        "passes",
         "ranges",
         "reason",
         "record",
@@ -84,6 +89,7 @@ class PieceResult:
         ranges: Mapping[str, Sequence[int | None]] | None = None,
         num_parts: int = 1,
         num_eager_parts: int = 0,
+        passes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.num_parts = num_parts
         self.num_eager_parts = num_eager_parts
@@ -95,6 +101,7 @@ class PieceResult:
         self.from_cache = from_cache
         self.reason = reason
         self.ranges = ranges or {}
+        self.passes = passes
 
 
 class CompilerManager:
@@ -108,6 +115,7 @@ class CompilerManager:
         emit: Emit,
         make_service: Callable[[], JobRunner],
         clock: Callable[[], float] = time.perf_counter,
+        passes: ChosenPasses = NO_PASSES,
     ) -> None:
         """Start nothing yet.
 
@@ -118,7 +126,9 @@ class CompilerManager:
             emit: Is told what happens.
             make_service: Makes what runs compile jobs; called when there is something to compile.
             clock: Seconds that only go forward.
+            passes: What runs on a piece before it is compiled.
         """
+        self.passes = passes
         self._make_service = make_service
         self._config = config
         self._loader = loader
@@ -151,7 +161,8 @@ class CompilerManager:
 
     def compute_hash_keys(self, piece: Piece, compiler: CompilerInterface) -> Key:
         """Return the key of a piece compiled by a compiler on this machine."""
-        return self._hasher(piece.device).piece_key(piece.text, compiler.identity())
+        computer, passes = self._hasher(piece.device), self.passes.piece_identities
+        return computer.piece_key(piece.text, compiler.identity(), passes)
 
     def _hasher(self, device: str) -> HashComputer:
         if device not in self._hashers:
@@ -249,6 +260,7 @@ class CompilerManager:
                     from_cache=True,
                     ranges=record["details"].get("ranges"),
                     num_parts=record["details"].get("num_parts", 1),
+                    passes=record["details"].get("passes", ()),
                 )
         return None
 
@@ -320,16 +332,24 @@ class CompilerManager:
             for i in missing:
                 results[i] = self._compile_here(pieces[i], names[i], in_process[0])
             return
+        try:
+            messages = self.passes.messages()
+        except CannotSend as problem:
+            for i in missing:
+                results[i] = self._compile_unsent(pieces[i], names[i], str(problem))
+            return
         with _scratch_folder() as scratch:
             futures = {}
             for i in missing:
                 directory = Path(scratch) / str(i)
                 directory.mkdir()
-                futures[i] = self._submit(pieces[i], names[i], str(directory))
+                futures[i] = self._submit(pieces[i], names[i], str(directory), messages)
             for i, future in futures.items():
                 results[i] = self._finish(pieces[i], names[i], future, max_parts)
 
-    def _submit(self, piece: Piece, name: str, directory: str) -> Future[JobResult]:
+    def _submit(
+        self, piece: Piece, name: str, directory: str, passes: Sequence[Sequence[str]]
+    ) -> Future[JobResult]:
         from precast.compilers.job import CompileJob
 
         setting = self._config.compiler
@@ -344,8 +364,14 @@ class CompilerManager:
                 directory=directory,
                 compilers=compilers,
                 verify=self._config.verify,
+                passes=passes,
+                dump_passes=self._dump_folder(),
             )
         )
+
+    def _dump_folder(self) -> str | None:
+        folder = self._config.dump_passes
+        return None if folder is None else str(Path(folder).expanduser().absolute())
 
     def _finish(
         self, piece: Piece, name: str, future: Future[JobResult], max_parts: int
@@ -367,6 +393,8 @@ class CompilerManager:
                 (failure for failure in done.failures if failure.code == "compile-memory"),
                 done.failures[-1],
             )
+            if last.compiler == "worker" and last.code == "pass-failed":
+                return self._compile_unsent(piece, name, last.message)
             reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
             return self._too_large(piece, name, reason, max_parts)
         try:
@@ -403,6 +431,8 @@ class CompilerManager:
         self._emit(
             PieceCompiled(name, key.digest, compiler_name, done.seconds, num_bytes, done.worker_pid)
         )
+        passes = done.details.get("passes", ())
+        self._report_passes(name, key.digest, passes)
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
         record = self._record(key.digest, payload)
@@ -418,6 +448,7 @@ class CompilerManager:
             record=record,
             seconds=done.seconds,
             ranges=done.details.get("ranges"),
+            passes=passes,
         )
 
     def _too_large(
@@ -536,8 +567,13 @@ class CompilerManager:
         key = self.compute_hash_keys(piece, compiler)
         started = self._clock()
         self._emit(CompileStarted(name, key.digest, compiler_name))
+        rows: list[dict[str, Any]] = []
         try:
-            call = compiler.load({}, {}, piece)
+            call = self._load_here(compiler, piece, rows)
+        except CompileError as error:
+            if error.code == "verify-mismatch":
+                self._emit(VerifyMismatched(name, key.digest, error.reason))
+            return self._failed(piece, name, error.reason)
         except Exception as error:  # noqa: BLE001 - A third party's compiler raises what it likes.
             reason = Reason(
                 "compile-failed",
@@ -547,9 +583,64 @@ class CompilerManager:
             return self._failed(piece, name, reason)
         seconds = self._clock() - started
         self._emit(PieceCompiled(name, key.digest, compiler_name, seconds, 0, os.getpid()))
+        self._report_passes(name, key.digest, rows)
         return PieceResult(
-            call=call, key=key.digest, compiler=compiler_name, record=None, seconds=seconds
+            call=call,
+            key=key.digest,
+            compiler=compiler_name,
+            record=None,
+            seconds=seconds,
+            passes=rows,
         )
+
+    def _load_here(
+        self, compiler: CompilerInterface, piece: Piece, rows: list[dict[str, Any]]
+    ) -> CompiledCallable:
+        """Run the passes and compile, in this process; `rows` gets what the passes did.
+
+        Raises:
+            CompileError: A pass has changed what the piece computes.
+        """
+        if not self.passes.runs_on_pieces:
+            return compiler.load({}, {}, piece)
+        from precast.passes.pass_manager import PostGradPassManager
+
+        passes = PostGradPassManager(self.passes.on_pieces(), self._dump_folder()).start(piece)
+        call = passes.compile(lambda improved: compiler.load({}, {}, improved))
+        rows.extend(passes.reports())
+        if self._config.verify and passes.has_changed:
+            _verify_here(piece, call, compiler.name)
+        return call
+
+    def _compile_unsent(self, piece: Piece, name: str, problem: str) -> PieceResult:
+        """Compile in this process, since passes cannot be given to a worker."""
+        if self._config.mode != "blocking" or not isinstance(self._config.compiler, str):
+            reason = Reason(
+                "pass-failed",
+                f"a pass cannot be sent to a compile worker ({problem}); the piece runs eager",
+                _SEND,
+            )
+            return self._failed(piece, name, reason)
+        reason = Reason(
+            "pass-failed",
+            f"a pass cannot be sent to a compile worker ({problem}); compiled in this process",
+            _SEND,
+        )
+        self._emit(PassesNotSent(name, reason))
+        result = self._compile_here(piece, name, "inductor")
+        if result.reason is None:
+            result.reason = reason
+        return result
+
+    def _report_passes(self, name: str, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            failure = row.get("failure")
+            reason = None if failure is None else Reason(**failure)
+            self._emit(
+                PassRan(
+                    name, key, row["name"], row["stage"], row["matches"], row["seconds"], reason
+                )
+            )
 
     def _failed(self, piece: Piece, name: str, reason: Reason) -> PieceResult:
         self._emit(PieceFailed(name, "", "/".join(self.compiler_names()), reason))
@@ -639,6 +730,23 @@ def eager_call(piece: Piece) -> CompiledCallable:
 
     function = eager_function(piece)
     return lambda inputs: function(*inputs)
+
+
+def _verify_here(piece: Piece, call: CompiledCallable, compiler: str) -> None:
+    """Compare with the eager piece in this process, whose random numbers stay what they are."""
+    import torch
+
+    from precast.compilers.verify import EagerRefusedError, verify_from_text
+    from precast.graph.read import edge_sizes
+
+    rows = edge_sizes(piece)
+    usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())] or rows
+    gpus = [torch.cuda.current_device()] if piece.device == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            verify_from_text(piece, call, usual, compiler)
+        except EagerRefusedError:
+            verify_from_text(piece, call, usual, compiler, 1)
 
 
 def check_compiler(setting: object) -> None:

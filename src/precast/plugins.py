@@ -20,7 +20,7 @@ from precast.errors import ConfigError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-Kind = Literal["compilers", "splitters", "stores"]
+Kind = Literal["compilers", "passes", "splitters", "stores"]
 
 #: Built-in names of each kind, as `module:attribute`. The module is imported when a name is used.
 BUILT_IN: dict[Kind, dict[str, str]] = {
@@ -29,6 +29,16 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "inductor": "precast.compilers.inductor:InductorAdaptor",
         "inductor_standalone": "precast.compilers.inductor_standalone:InductorStandaloneAdaptor",
         "aot_inductor": "precast.compilers.aot_inductor:AOTInductorAdaptor",
+    },
+    "passes": {
+        "canonical_norm": "precast.passes.builtin.canonical:CanonicalNorm",
+        "canonical_residual": "precast.passes.builtin.canonical:CanonicalResidual",
+        "activation_and_multiply": "precast.passes.builtin.canonical:ActivationAndMultiply",
+        "merge_linears": "precast.passes.builtin.merge_linears:MergeLinears",
+        "merge_linears_on_gpu": "precast.passes.builtin.merge_linears:MergeLinearsOnGpu",
+        "no_ops": "precast.passes.builtin.no_ops:NoOps",
+        "clean_up": "precast.passes.builtin.clean_up:CleanUp",
+        "in_place": "precast.passes.builtin.in_place:InPlace",
     },
     "splitters": {
         "ops": "precast.split.at_ops:SplitAtOps",
@@ -50,7 +60,12 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     },
 }
 
-_FIELDS: dict[Kind, str] = {"compilers": "compiler", "splitters": "split", "stores": "cache_url"}
+_FIELDS: dict[Kind, str] = {
+    "compilers": "compiler",
+    "passes": "passes",
+    "splitters": "split",
+    "stores": "cache_url",
+}
 
 
 def load_plugin(kind: Kind, name: str) -> Any:

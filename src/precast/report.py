@@ -32,12 +32,14 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
                 "unique_pieces": len(loaded.assembly.pieces),
                 "conditions": loaded.assembly.call_check["conditions"][1:],
                 "execution_code": loaded.assembly.execution["source"],
+                "passes": list(loaded.assembly.passes),
                 "pieces": [
                     {
                         "name": slot.piece,
                         "compiler": slot.compiler,
                         "from": slot.tier or "compiled here",
                         "seconds_saved": slot.seconds_saved,
+                        "passes": list(slot.passes),
                         "reason": None if slot.reason is None else slot.reason.as_dict(),
                     }
                     for slot in loaded.slots.slots

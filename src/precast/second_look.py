@@ -99,6 +99,7 @@ class SecondLook:
             "args": alike[0],
             "kwargs": alike[1],
             "config": self._session.config,
+            "packs": loaded.assembly.packs,
             "is_inference": torch.is_inference_mode_enabled(),
         }
 

@@ -294,7 +294,7 @@ class CompiledModel:
     def _compile(
         self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
-        from precast.backend import assemble, build_model
+        from precast.backend import assemble, build_model, packing_rule
         from precast.capture.dynamo import capture_call
         from precast.contract import Unrecordable
 
@@ -326,6 +326,11 @@ class CompiledModel:
             if capture.unrecordable is not None or capture.contract is None:
                 self._trace_on_start(str(capture.unrecordable))
                 return None
+            may_pack = (
+                packing_rule(capture, self.function, self.owner)
+                if session.passes.may_pack
+                else None
+            )
             built = build_model(
                 capture.graph_module,
                 ranges=capture.ranges,
@@ -336,6 +341,7 @@ class CompiledModel:
                 manager=session.manager,
                 emit=session.emit,
                 name=session.name,
+                may_pack=may_pack,
             )
         finally:
             session.manager.close()

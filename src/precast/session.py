@@ -18,6 +18,7 @@ from precast.graph.key import HashComputer, explain_misses, toolchain_parts
 from precast.manager import CompilerManager, check_compiler
 from precast.monitoring.log import LogListener
 from precast.monitoring.stats import StatsListener
+from precast.passes.chosen import NO_PASSES, choose
 
 if TYPE_CHECKING:
     from precast.background.service import CompileService
@@ -62,8 +63,15 @@ class Session:
             further_tiers=_open_bundles(config),
             trust=NO_KEYS if is_disabled else _open_trust(config),
         )
+        is_eager = is_disabled or not config.use_inductor or config.compiler == "eager"
+        self.passes = NO_PASSES if is_eager else choose(config.passes)
         self.manager = CompilerManager(
-            config, self.loader, self.storage, self.emit, self._make_service
+            config,
+            self.loader,
+            self.storage,
+            self.emit,
+            self._make_service,
+            passes=self.passes,
         )
         self._hashers: dict[str, HashComputer] = {}
         self._key_parts: dict[str, dict[str, Any]] = {}
@@ -93,7 +101,8 @@ class Session:
         if device not in self._hashers:
             self._hashers[device] = HashComputer(device)
         settings = _plain_settings(self.config.key_settings())
-        key = self._hashers[device].assembly_key(fingerprint, signature, settings)
+        computer, passes = self._hashers[device], self.passes.identities
+        key = computer.assembly_key(fingerprint, signature, settings, passes)
         self._key_parts[key.digest] = key.parts
         return key.digest
 

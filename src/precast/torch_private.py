@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -695,3 +695,82 @@ def inductor_in_process(
     with torch.no_grad(), tracing:
         compiled: Any = compile_fx(graph, list(inputs), config_patches=inductor_options())
     return lambda tensors: compiled(*tensors)  # As Dynamo calls it, whatever `_boxed_call` says.
+
+
+@contextmanager
+def calling_after_grad_passes(run: Callable[[Any], None], identity: str) -> Iterator[None]:
+    """Let Inductor hand each graph to `run` after its own passes; `identity` is for its cache."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing public
+    # upstream: `post_grad_custom_post_pass` is a documented setting of a private module
+    # goes:     never; what it is given may need another base class
+    from torch._inductor import config as inductor_config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    config: Any = inductor_config
+    others = config.post_grad_custom_post_pass  # A user's own, where this process compiles.
+    others = list(others) if isinstance(others, (list, tuple)) else [others] if others else []
+
+    class Calling(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            for other in others:
+                other(graph)
+            run(graph)
+
+        def uuid(self) -> Any:
+            return identity if not others else [identity, *(other.uuid() for other in others)]
+
+    with config.patch(post_grad_custom_post_pass=Calling()):
+        yield
+
+
+@contextmanager
+def fake_mode_of(values: Iterable[Any]) -> Iterator[None]:
+    """Enter the fake mode that the first fake tensor among some values belongs to."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing public
+    # upstream: `torch._guards.detect_fake_mode` looks at the tracing context too, which may differ
+    # goes:     when fake tensors are public
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        yield
+        return
+    with mode:
+        yield
+
+
+def storage_use_count(tensor: Any) -> int:
+    """Return how many tensors, and Python objects of storages, hold a tensor's memory."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing public; `sys.getrefcount` knows only of Python's references
+    # upstream: private, used by CUDA graph trees
+    # goes:     when torch can tell whether a storage is shared
+    import torch
+
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
+def replacement_matcher(
+    pattern: Callable[..., Any],
+    replacement: Callable[..., Any],
+    examples: Callable[[], Sequence[Any]],
+    name: str,
+) -> Any:
+    """Return Inductor's matcher for one pattern: `apply(graph)` gives the number of matches."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing public for ATen graphs
+    # upstream: `register_replacement` is what Inductor's own patterns use
+    # goes:     when the pattern matcher has a public home
+    import torch
+    from torch._inductor import pattern_matcher
+
+    matcher: Any = pattern_matcher
+    found = matcher.PatternMatcherPass(pass_name=name)
+    with torch.no_grad():
+        matcher.register_replacement(
+            pattern, replacement, list(examples()), matcher.fwd_only, found
+        )
+    return found

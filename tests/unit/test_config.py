@@ -34,6 +34,8 @@ UNUSABLE = {
     "max_compile_memory": True,
     "split": 3,
     "dynamic_shapes": "all",
+    "passes": 3,
+    "dump_passes": "",
     "compile_threads": 0,
     "verify": None,
     "on_error": "ignore",

@@ -28,7 +28,7 @@ def ask_child(request: dict[str, Any], called_off: threading.Event) -> set[str]:
 
     Args:
         request: From `second_look`: `function` (None: the owner's `forward`), `owner`, `args`,
-            `kwargs`, `config`, `is_inference`.
+            `kwargs`, `config`, `packs`, `is_inference`.
         called_off: Set: the child is ended, and what comes back means nothing.
 
     Raises:
@@ -145,7 +145,7 @@ def texts_of(request: dict[str, Any]) -> list[str]:
         dynamic_shapes=config.dynamic_shapes,
         name="revalidation",
     )
-    return [] if capture is None else digests_of_texts(capture, config)
+    return [] if capture is None else digests_of_texts(capture, config, request["packs"])
 
 
 def main() -> None:

@@ -269,6 +269,8 @@ class CompileService:
                 "directory": str(Path(job.directory) / str(run.attempts)),
                 "verify": job.verify,
                 "imports": list(job.imports),
+                "passes": list(job.passes),
+                "dump_passes": job.dump_passes,
                 "is_retry": num_crashes > 0,
             }
             current = left[0] if left else "worker"

@@ -4,7 +4,7 @@ One job a line on standard input, as JSON; answers are lines of JSON on the desc
 standard output when we started. What compilers print goes to standard error.
 
     job:      {"id", "piece", "compilers": [name or "module:attribute"], "directory", "verify",
-               "imports": [module], "is_retry"}
+               "imports": [module], "passes": [[kind, text]], "dump_passes", "is_retry"}
     started:  {"id", "started": compiler}                      before each compiler
     answer:   {"id", "compiler", "files", "details", "seconds", "verify", "failures"}
     failure:  {"id", "failures": [{"compiler", "code", "message"}]}
@@ -32,6 +32,8 @@ from precast.background.limits import die_with_parent, limit_memory, lower_prior
 from precast.compilers.interface import CompiledPiece
 from precast.errors import CompileError
 from precast.graph.piece import Piece, SymbolRange
+from precast.passes.chosen import receive
+from precast.passes.pass_manager import PassRun, PostGradPassManager
 from precast.torch_private import SizesSpecializedError
 
 _NO_MEMORY = re.compile(r"virtual memory exhausted|out of memory|[Cc]annot allocate memory")
@@ -73,13 +75,18 @@ def run_job(job: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None])
         piece = Piece.from_json(job["piece"])
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told.
         return {"failures": [_failure("worker", error)]}
+    try:
+        manager = PostGradPassManager(receive(job.get("passes", ())), job.get("dump_passes"))
+        passes = manager.start(piece)
+    except Exception as error:  # noqa: BLE001 - a pass is somebody else's code.
+        return {"failures": [{**_failure("worker", error), "code": "pass-failed"}]}
     for number, name in enumerate(job["compilers"]):
         answer({"id": job["id"], "started": name})
         directory = Path(job["directory"]) / f"{number}-{name.rpartition(':')[2]}"
         started = time.monotonic()
         try:
             directory.mkdir(parents=True)
-            result = _compile(name, piece, str(directory), job)
+            result = _compile(name, piece, str(directory), job, passes)
         except Exception as error:  # noqa: BLE001 - compilers fail in every way there is.
             if _has_broken_device(error):
                 # Every later call of this process would fail: it ends, and the job is tried again
@@ -103,7 +110,9 @@ def load_compiler(name: str) -> Any:
     return load_plugin("compilers", name)()
 
 
-def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) -> dict[str, Any]:
+def _compile(
+    name: str, piece: Piece, directory: str, job: Mapping[str, Any], passes: PassRun
+) -> dict[str, Any]:
     compiler = load_compiler(name)
     if compiler.is_saveable:
         # What Inductor leaves behind is of no use to others; folders of one service share it.
@@ -111,11 +120,23 @@ def _compile(name: str, piece: Piece, directory: str, job: Mapping[str, Any]) ->
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
     else:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    compiled, piece = _compile_for_most_sizes(compiler, piece, directory)
+
+    def compile_piece(improved: Piece) -> tuple[CompiledPiece, Piece]:
+        folder = Path(directory)
+        if left := len(list(folder.iterdir())):  # A pass has failed in the compiler: once more.
+            folder /= f"without-{left}"
+            folder.mkdir()
+        return _compile_for_most_sizes(compiler, improved, str(folder))
+
+    compiled, improved = passes.compile(compile_piece)
+    # What it must compute is what the piece said before any pass.
+    piece = dataclasses.replace(piece, symbols=improved.symbols)
     details = dict(compiled.details)
+    if rows := passes.reports():
+        details["passes"] = rows
     verified = None
     if job.get("verify", True):
-        run = compiler.load(details, compiled.files, piece)
+        run = compiler.load(details, compiled.files, improved)
         verified = _verify(piece, run, details, name, is_retry=bool(job.get("is_retry")))
     else:
         unproven = details.get("unproven", {})

@@ -34,8 +34,9 @@ class AOTInductorAdaptor:
         """Compile into `directory`: 4 to 6 s on a CPU, mostly g++."""
         import torch
 
-        from precast.compilers.tracing import TracedPiece, tracing
+        from precast.compilers.tracing import TracedPiece
         from precast.compilers.wrapper_build import WrapperBuild
+        from precast.graph.read import as_captured
         from precast.torch_private import (
             aoti_compile,
             aoti_interface,
@@ -50,7 +51,7 @@ class AOTInductorAdaptor:
         build.mkdir()
         interface, folder = aoti_interface()
         wrappers = WrapperBuild(interface, folder / "precast-wrapper", torch.__version__)
-        with tracing(piece), compile_commands_through(wrappers.run):
+        with as_captured(piece), compile_commands_through(wrappers.run):
             built = aoti_compile(traced.graph, traced.mode, traced.inputs, str(build))
         files: dict[str, str] = {}
         for path in map(Path, built):

@@ -43,11 +43,12 @@ class InductorAdaptor:
         return self._compile(piece)[0]
 
     def _compile(self, piece: Piece) -> tuple[CompiledCallable, dict[str, Any]]:
-        from precast.compilers.tracing import TracedPiece, tracing
+        from precast.compilers.tracing import TracedPiece
+        from precast.graph.read import as_captured
         from precast.torch_private import inductor_in_process, prepare_inductor
 
         prepare_inductor()
         traced = TracedPiece(piece, self.name)
-        with tracing(piece):
+        with as_captured(piece):
             run = inductor_in_process(traced.graph, traced.mode, traced.inputs)
         return run, traced.sizes()

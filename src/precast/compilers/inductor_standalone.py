@@ -30,13 +30,14 @@ class InductorStandaloneAdaptor:
 
     def compile(self, piece: Piece, directory: str) -> CompiledPiece:
         """Compile into one file of bytes."""
-        from precast.compilers.tracing import TracedPiece, tracing
+        from precast.compilers.tracing import TracedPiece
+        from precast.graph.read import as_captured
         from precast.torch_private import prepare_inductor, standalone_compile
 
         prepare_inductor()
         traced = TracedPiece(piece, self.name)
         path = str(Path(directory) / ARTIFACT)
-        with tracing(piece):
+        with as_captured(piece):
             standalone_compile(traced.graph, traced.mode, traced.inputs, path)
         details = {"device": piece.device, "entry": ARTIFACT, "num_outputs": len(piece.outputs)}
         return CompiledPiece({ARTIFACT: path}, {**details, **traced.sizes()})

@@ -5,7 +5,7 @@ Imports neither torch nor a compiler. `background.service` is the runner that us
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from precast.values import Value
@@ -19,6 +19,8 @@ class CompileJob(Value, kw_only=True):
 
     `directory` is made by the worker and belongs to the caller; `name` and `key` are for events.
     `is_reported` False: it only prepares a compilation, and is no event of its own.
+    `passes` are messages of `precast.passes.chosen`: what runs before compiling, and
+    `dump_passes` a folder for what they do.
     """
 
     piece: Mapping[str, Any]
@@ -26,6 +28,8 @@ class CompileJob(Value, kw_only=True):
     directory: str
     verify: bool = True
     imports: tuple[str, ...] = ()
+    passes: Sequence[Sequence[str]] = ()
+    dump_passes: str | None = None
     name: str = "?"
     key: str = ""
     is_reported: bool = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from precast.errors import CompileError
@@ -24,7 +22,7 @@ class TracedPiece:
         self.mode, self.inputs, self.symbols = fake_inputs(piece)
 
     def record_values(self) -> None:
-        """Note each node's fake value at it, as capture does. To be called within `tracing`."""
+        """Note each node's fake value at it, as capture does. To be called within `as_captured`."""
         from precast.torch_private import record_values
 
         record_values(self.graph, self.mode, self.inputs)
@@ -44,25 +42,6 @@ class TracedPiece:
             raise CompileError(piece_name(self._piece), self._compiler, str(error)) from error
         narrowed = {n: list(bounds) for n, bounds in ranges.items() if bounds != asked[n]}
         return {"ranges": narrowed, "unproven": unproven}
-
-
-@contextmanager
-def tracing(piece: Piece) -> Iterator[None]:
-    """Trace with open sizes and under the autocast that the piece was captured in.
-
-    Where sizes 0 and 1 are not asked for, torch may decide by that, as it does by default.
-    """
-    import torch
-
-    from precast.graph.read import dtype_of
-    from precast.torch_private import tracing_sizes_obliviously
-
-    cast: Any = nullcontext()
-    if piece.autocast is not None:
-        cast = torch.autocast(piece.autocast[0], dtype=dtype_of(piece.autocast[1]))
-    has_small_sizes = any(allowed.low < 2 for allowed in piece.symbols.values())
-    with tracing_sizes_obliviously() if has_small_sizes else nullcontext(), cast:
-        yield
 
 
 def piece_name(piece: Piece) -> str:

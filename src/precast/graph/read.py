@@ -12,7 +12,8 @@ import itertools
 import linecache
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from precast.graph.piece import Piece, Size, SymbolRange, TensorSpec
@@ -139,6 +140,24 @@ def fake_inputs(piece: Piece) -> tuple[Any, list[Any], dict[str, Any]]:
                 torch.empty_strided(shape, stride, dtype=dtype_of(spec.dtype), device=spec.device)
             )
     return mode, inputs, symbols
+
+
+@contextmanager
+def as_captured(piece: Piece) -> Iterator[None]:
+    """Trace with open sizes and under the autocast that the piece was captured in.
+
+    Where sizes 0 and 1 are not asked for, torch may decide by that, as it does by default.
+    """
+    import torch
+
+    from precast.torch_private import tracing_sizes_obliviously
+
+    cast: Any = nullcontext()
+    if piece.autocast is not None:
+        cast = torch.autocast(piece.autocast[0], dtype=dtype_of(piece.autocast[1]))
+    has_small_sizes = any(allowed.low < 2 for allowed in piece.symbols.values())
+    with tracing_sizes_obliviously() if has_small_sizes else nullcontext(), cast:
+        yield
 
 
 def random_inputs(

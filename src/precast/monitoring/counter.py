@@ -26,6 +26,9 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_failed": (events.PieceFailed, _one),
     "num_split": (events.PieceSplit, _one),
     "num_jobs": (events.JobFinished, _one),
+    "num_passes_run": (events.PassRan, _one),
+    "num_passes_failed": (events.PassRan, lambda event: event.reason is not None),
+    "num_passes_not_sent": (events.PassesNotSent, _one),
     "num_verified": (events.PieceVerified, _one),
     "num_mismatched": (events.VerifyMismatched, _one),
     "num_loaded": (events.PieceLoaded, _one),
@@ -70,6 +73,9 @@ class CompilationCounter:
     num_failed: int
     num_split: int
     num_jobs: int
+    num_passes_run: int
+    num_passes_failed: int
+    num_passes_not_sent: int
     num_verified: int
     num_mismatched: int
     num_loaded: int

@@ -38,6 +38,10 @@ class LogListener:
             case events.FellBack():
                 part = event.model if event.piece is None else f"{event.model}, {event.piece}"
                 self._warn(part, event.reason)
+            case events.PassRan(reason=reason) if reason is not None:
+                self._warn(f"{event.piece}, pass {event.pass_name}", reason)
+            case events.PassesNotSent():
+                self._warn(event.piece, event.reason)
             case events.PieceFailed() | events.PieceSplit() | events.VerifyMismatched():
                 self._warn(event.piece, event.reason)
             case events.TierFailed() | events.ArtifactQuarantined() | events.ArtifactRefused():

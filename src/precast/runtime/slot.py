@@ -15,7 +15,7 @@ PieceCallable = Callable[[list[Any]], Sequence[Any]]
 class Slot:
     """What is known of one slot: its piece, what runs there, and why it is not compiled code."""
 
-    __slots__ = ("compiler", "piece", "reason", "seconds_saved", "tier")
+    __slots__ = ("compiler", "passes", "piece", "reason", "seconds_saved", "tier")
 
     def __init__(
         self,
@@ -25,12 +25,14 @@ class Slot:
         tier: str | None = None,
         reason: Any = None,
         seconds_saved: float = 0.0,
+        passes: Sequence[Any] = (),
     ) -> None:
         self.piece = piece
         self.compiler = compiler
         self.tier = tier
         self.reason = reason
         self.seconds_saved = seconds_saved
+        self.passes = passes  # What each pass did, as rows of JSON data.
 
 
 class SlotTable:

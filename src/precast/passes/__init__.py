@@ -1,0 +1,1 @@
+"""Changes to a graph before it is compiled: `interface` first, `chosen` for what runs."""
