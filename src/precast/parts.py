@@ -61,9 +61,10 @@ class PieceCutter:
             CompileError: It cannot be cut, or a part has no text.
         """
         from precast.compilers.interface import CompiledPiece
-        from precast.compilers.tracing import TracedPiece, piece_name, tracing
+        from precast.compilers.tracing import TracedPiece, piece_name
         from precast.errors import CompileError, SplitError
         from precast.graph.canonical import CannotWrite, symbol_of, write_piece
+        from precast.graph.read import as_captured
         from precast.split.build import build_stitch
         from precast.split.by_memory import SplitByMemory, smallest_budget
         from precast.split.clean import clean_graph
@@ -79,7 +80,7 @@ class PieceCutter:
             if symbol is not None:
                 names[symbol], ranges[symbol] = name, piece.symbols[name]
         try:
-            with tracing(piece):
+            with as_captured(piece):
                 traced.record_values()
                 graph = clean_graph(traced.graph, devices)
                 budget = smallest_budget(graph, 2, OPERATOR_BYTES)

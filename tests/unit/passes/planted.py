@@ -128,6 +128,7 @@ class AfterGrad(InductorPass):
     """Counts ATen additions after Inductor's passes."""
 
     stage = "post_grad"
+    nonce = 0
 
     def __call__(self, graph: Graph) -> int:
         return len(graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor))
