@@ -739,12 +739,13 @@ def _verify_here(piece: Piece, call: CompiledCallable, compiler: str) -> None:
     from precast.compilers.verify import EagerRefusedError, verify_from_text
     from precast.graph.read import edge_sizes
 
-    rows = edge_sizes(piece)
+    rows = edge_sizes(piece, keep_alike=True)
     usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())] or rows
     gpus = [torch.cuda.current_device()] if piece.device == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         try:
-            verify_from_text(piece, call, usual, compiler)
+            # An index out of range would end all work of this process on a GPU; 0 is always valid.
+            verify_from_text(piece, call, usual, compiler, 1 if gpus else 2)
         except EagerRefusedError:
             verify_from_text(piece, call, usual, compiler, 1)
 

@@ -15,4 +15,5 @@ def test_shared_memory_is_counted() -> None:
     assert storage_use_count(tensor) == storage_use_count(view) == alone + 1
     del view
     assert storage_use_count(tensor) == alone
-    assert storage_use_count(torch.nn.Parameter(torch.ones(1))) == alone
+    parameter = torch.nn.Parameter(torch.ones(1))
+    assert storage_use_count(parameter) == alone
