@@ -69,6 +69,7 @@ class PieceResult:
         "reason",
         "record",
         "seconds",
+        "timing",
     )
 
     def __init__(
@@ -84,6 +85,7 @@ class PieceResult:
         ranges: Mapping[str, Sequence[int | None]] | None = None,
         num_parts: int = 1,
         num_eager_parts: int = 0,
+        timing: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.num_parts = num_parts
         self.num_eager_parts = num_eager_parts
@@ -95,6 +97,7 @@ class PieceResult:
         self.from_cache = from_cache
         self.reason = reason
         self.ranges = ranges or {}
+        self.timing = timing
 
 
 class CompilerManager:

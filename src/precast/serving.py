@@ -12,7 +12,7 @@ import gc
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,8 @@ from precast.second_look import SecondLook
 from precast.session import Session
 
 if TYPE_CHECKING:
-    from precast.backend import BuiltModel
+    from precast.blueprint import Blueprint
+    from precast.manager import PieceResult
 
 # Calls of one signature that eager refuses too, after which it is captured no more.
 _MOST_FAILED_CALLS = 3
@@ -294,7 +295,7 @@ class CompiledModel:
     def _compile(
         self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
-        from precast.backend import assemble, build_model
+        from precast.backend import blueprint_of
         from precast.capture.dynamo import capture_call
         from precast.contract import Unrecordable
 
@@ -326,33 +327,18 @@ class CompiledModel:
             if capture.unrecordable is not None or capture.contract is None:
                 self._trace_on_start(str(capture.unrecordable))
                 return None
-            built = build_model(
-                capture.graph_module,
-                ranges=capture.ranges,
-                sources=capture.sources,
-                arguments=capture.entry.arguments,
-                weights=capture.weights,
-                config=session.config,
-                manager=session.manager,
-                emit=session.emit,
-                name=session.name,
-            )
+            example = example_shapes(args[self._num_owners :], kwargs)
+            blueprint = blueprint_of(capture, session.config, session.emit, session.name, example)
+            results = session.manager.compile(blueprint.pieces, blueprint.names)
         finally:
             session.manager.close()
-        assembly = assemble(capture, built, example_shapes(args[self._num_owners :], kwargs))
-        storable = assembly.to_json() if all(r.record is not None for r in built.results) else None
-        known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
-        slot_key = self._candidates.free_name(key, known, assembly)
-        loaded = open_assembly(assembly, slot_key, built.slots, self.function)
+        loaded = self._open(key, blueprint, results)
         bound = loaded.bind(self.function, self.owner)
         if isinstance(bound, Reason):
             raise CaptureError(session.name, f"its contract does not hold at once: {bound.message}")
         loaded.bound = bound
-        if storable is not None:
-            labels = {"model": session.name, "parts": session.key_parts(key)}
-            session.manager.save(slot_key, {**storable, **labels})
-            session.emit(AssemblyPublished(session.name, slot_key, len(str(storable))))
-        self._install(loaded, started, built)
+        self._keep(loaded, key)
+        self._install(loaded, started, results)
         problem = loaded.why_not(args, kwargs)
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
@@ -363,13 +349,37 @@ class CompiledModel:
             return None
         return loaded
 
-    def _install(self, loaded: LoadedAssembly, started: float, built: BuiltModel | None) -> None:
+    def _open(
+        self, key: str, blueprint: Blueprint, results: Sequence[PieceResult]
+    ) -> LoadedAssembly:
+        """Return an assembly, not bound yet, under the name by which it will be found again."""
+        from precast.blueprint import slot_table  # Here: a warm start does without.
+
+        assembly = blueprint.assembly(results)
+        known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
+        name = self._candidates.free_name(key, known, assembly)
+        return open_assembly(assembly, name, slot_table(blueprint.slots, results), self.function)
+
+    def _keep(self, loaded: LoadedAssembly, key: str) -> None:
+        """Publish an assembly, where each of its pieces can be found again."""
+        if None not in loaded.assembly.pieces:
+            data = loaded.assembly.to_json()
+            labels = {"model": self.session.name, "parts": self.session.key_parts(key)}
+            self.session.manager.save(loaded.key, {**data, **labels})
+            self.session.emit(AssemblyPublished(self.session.name, loaded.key, len(str(data))))
+
+    def _install(
+        self,
+        loaded: LoadedAssembly,
+        started: float,
+        results: Sequence[PieceResult] | None,
+    ) -> None:
         # A new tuple: threads inside the old one go on with it.
         self.dispatcher.loaded = (*self.dispatcher.loaded, loaded)
         seconds = time.perf_counter() - started
         if self.start_seconds is None:
-            self.start_seconds, self.is_warm = seconds, built is None
-        emit_start(self.session, loaded, seconds, built)
+            self.start_seconds, self.is_warm = seconds, results is None
+        emit_start(self.session, loaded, seconds, results)
 
     def _trace_on_start(self, problem: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""

@@ -13,9 +13,12 @@ PieceCallable = Callable[[list[Any]], Sequence[Any]]
 
 
 class Slot:
-    """What is known of one slot: its piece, what runs there, and why it is not compiled code."""
+    """What is known of one slot: its piece, what runs there, and why it is not compiled code.
 
-    __slots__ = ("compiler", "piece", "reason", "seconds_saved", "tier")
+    `timing` is how long compiled and eager code took when the piece was verified, where known.
+    """
+
+    __slots__ = ("compiler", "piece", "reason", "seconds_saved", "tier", "timing")
 
     def __init__(
         self,
@@ -25,12 +28,14 @@ class Slot:
         tier: str | None = None,
         reason: Any = None,
         seconds_saved: float = 0.0,
+        timing: Any = None,
     ) -> None:
         self.piece = piece
         self.compiler = compiler
         self.tier = tier
         self.reason = reason
         self.seconds_saved = seconds_saved
+        self.timing = timing
 
 
 class SlotTable:
