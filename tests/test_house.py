@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "precast"
 PUBLIC_NAMES = [
     "CompilationConfig",
     "CompilationCounter",
+    "PerformanceMonitor",
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
@@ -125,6 +126,7 @@ def test_every_folder_is_a_package() -> None:
         ("precast", ["torch", "typing", "dataclasses", "precast.config"]),
         ("precast.config, precast.events", ["torch", "typing", "dataclasses", "pathlib"]),
         ("precast.plugins, precast.monitoring.counter, precast.monitoring.log", ["torch"]),
+        ("precast.monitoring.performance", ["torch"]),
         ("precast.monitoring.progress", ["torch", "rich"]),
         ("precast.cache", ["torch", "cryptography", "precast.cache.bundle"]),
         ("precast.cache.bundle, precast.cache.trust", ["torch", "cryptography"]),

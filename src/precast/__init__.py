@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
+    from precast.monitoring.performance import PerformanceMonitor
     from precast.split.at_layers import SplitAtLayers
     from precast.split.at_ops import SplitAtOps
     from precast.split.by_compute import SplitByCompute
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompilationConfig",
     "CompilationCounter",
+    "PerformanceMonitor",
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "CompilationConfig": "precast.config",
     "CompilationCounter": "precast.monitoring.counter",
+    "PerformanceMonitor": "precast.monitoring.performance",
     "PrecastError": "precast.errors",
     "SplitAtLayers": "precast.split.at_layers",
     "SplitAtOps": "precast.split.at_ops",

@@ -119,11 +119,12 @@ def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
     found = record.get("reason")
     reason = None if found is None else Reason(**found)
     if "eager" in record:
-        return Slot(name, compiler="eager", reason=reason)
+        return Slot(name, compiler="eager", reason=reason, timing=record.get("timing"))
     return Slot(
         name,
         compiler=record["compiler"],
         tier="cache",
         reason=reason,
         seconds_saved=record["seconds"],
+        timing=record.get("timing"),
     )

@@ -141,7 +141,16 @@ SETTINGS: dict[str, Setting] = {
         accepts=lambda value: value is None or (_is_whole(value) and value >= 1),
         remedy="Leave it out to use the cores that this process may use",
     ),
-    "verify": _flag(),
+    "verify": Setting(
+        wanted="True, False or 'sample'",
+        accepts=lambda value: isinstance(value, bool) or value == "sample",
+        remedy="Write 'sample' to check some of the calls in service too",
+    ),
+    "verify_every": Setting(
+        wanted="a whole number of at least 1",
+        accepts=lambda value: _is_whole(value) and value >= 1,
+    ),
+    "keep_slower": _flag(in_key=True),
     "on_error": _choice("eager", "raise"),
     "revalidate": _choice("background", "never", "always"),
     "max_assemblies": Setting(
@@ -181,8 +190,10 @@ class CompilationConfig(Value, kw_only=True):
     max_compile_memory: int | None = None  # Bytes of one worker.
     split: object = None  # None: by layers where there are at least four alike, else by ops.
     dynamic_shapes: Any = None  # None: every size that can be.
-    compile_threads: int | None = None  # Pieces compiled side by side; None: the usable cores.
-    verify: bool = True
+    compile_threads: int | None = None  # Side by side; None: usable cores, half when progressive.
+    verify: Literal["sample"] | bool = True
+    verify_every: int = 1000  # With verify="sample": one call in so many.
+    keep_slower: bool = False  # Run compiled code also where eager was measured to be faster.
     on_error: Literal["eager", "raise"] = "eager"
     revalidate: Literal["background", "never", "always"] = "background"
     max_assemblies: int = 8  # Compiled signatures of one model; further ones run eager.
@@ -224,12 +235,15 @@ class CompilationConfig(Value, kw_only=True):
         return _several(self.trusted_keys)
 
     def num_compile_workers(self) -> int:
-        """Return how many pieces compile side by side: `compile_threads`, or the usable cores."""
+        """Return how many pieces compile side by side.
+
+        `compile_threads`, or the usable cores, or half of them beside a model that serves.
+        """
         if self.compile_threads is not None:
             return self.compile_threads
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        return max(1, cores // 2) if self.mode == "progressive" else cores
 
 
 class ResolvedConfig(Value):

@@ -115,6 +115,17 @@ class PieceVerified(Event):
     max_abs_error: float
 
 
+class PieceTimed(Event):
+    """A verified piece was timed beside eager, or its stored figures were read.
+
+    `timing` has a mapping for each set of sizes, as `compilers.timing.time_piece` returns it.
+    """
+
+    piece: str
+    key: str
+    timing: tuple[Any, ...]
+
+
 class VerifyMismatched(Event):
     """A new artifact computes something else than the eager piece, and was thrown away."""
 

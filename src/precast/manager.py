@@ -26,6 +26,7 @@ from precast.events import (
     PieceLoaded,
     PieceMissed,
     PieceSplit,
+    PieceTimed,
     PieceVerified,
     VerifyMismatched,
 )
@@ -169,7 +170,7 @@ class CompilerManager:
                 self._ensure_service().prestart(min(self._config.num_compile_workers(), 4))
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers. From any thread: a `compile` that is under way comes to its end."""
         service, self._service = self._service, None
         if service is not None:
             service.close()
@@ -223,6 +224,8 @@ class CompilerManager:
                 name, record["key"], "cache", self._clock() - started, record.get("seconds", 0.0)
             )
         )
+        if record.get("timing"):
+            self._emit(PieceTimed(name, record["key"], tuple(record["timing"])))
         return call
 
     def find(self, piece: Piece, name: str) -> PieceResult | None:
@@ -243,15 +246,19 @@ class CompilerManager:
                 self._storage.quarantine(key.digest, error.reason)
                 continue
             if record is not None and call is not None:
-                return PieceResult(
-                    call=call,
-                    key=key.digest,
-                    compiler=compiler_name,
-                    record=record,
-                    seconds=record["seconds"],
-                    from_cache=True,
-                    ranges=record["details"].get("ranges"),
-                    num_parts=record["details"].get("num_parts", 1),
+                return self._if_worth(
+                    piece,
+                    PieceResult(
+                        call=call,
+                        key=key.digest,
+                        compiler=compiler_name,
+                        record=record,
+                        seconds=record["seconds"],
+                        from_cache=True,
+                        ranges=record["details"].get("ranges"),
+                        num_parts=record["details"].get("num_parts", 1),
+                        timing=record["timing"],
+                    ),
                 )
         return None
 
@@ -264,6 +271,7 @@ class CompilerManager:
                 "details": manifest["details"],
                 "files": manifest["files"],
                 "seconds": manifest["seconds"],
+                "timing": manifest.get("timing"),
             }
             if manifest["kind"] == "parts":
                 record |= {"kind": "parts", "reason": manifest["reason"]}
@@ -272,20 +280,32 @@ class CompilerManager:
             return None  # Another format: a miss.
 
     def compile(
-        self, pieces: Sequence[Piece], names: Sequence[str], *, max_parts: int = MAX_PARTS
+        self,
+        pieces: Sequence[Piece],
+        names: Sequence[str],
+        *,
+        order: Sequence[int] | None = None,
+        on_result: Callable[[int, PieceResult], None] = lambda _number, _result: None,
+        max_parts: int = MAX_PARTS,
     ) -> list[PieceResult]:
         """Return what became of every piece, in order: from the cache, compiled, or eager.
 
-        Never raises for a piece: one that cannot be compiled stays eager, with the reason. One
-        that outgrows its limits is compiled in at most `max_parts`.
+        Never raises for a piece: one that cannot be compiled stays eager, with the reason.
+
+        Args:
+            pieces: To find or to compile.
+            names: Theirs.
+            order: All their numbers, those first that are to be compiled first.
+            on_result: Told of each piece, in this thread, as soon as it is known.
+            max_parts: In how many a piece is compiled at most that outgrows its limits.
         """
-        results: list[PieceResult | None] = [
-            self._eager(piece, None)
-            if self.compiler_names() == ("eager",)
-            else self.find(piece, name)
-            for piece, name in zip(pieces, names, strict=True)
-        ]
-        missing = [i for i, result in enumerate(results) if result is None]
+        results: list[PieceResult | None] = _Results(len(pieces), on_result)
+        is_eager = self.compiler_names() == ("eager",)
+        for i in order or range(len(pieces)):
+            results[i] = (
+                self._eager(pieces[i], None) if is_eager else self.find(pieces[i], names[i])
+            )
+        missing = [i for i in order or range(len(pieces)) if results[i] is None]
         for i in missing:
             self._report_missed(pieces[i], names[i])
         if missing and self._config.mode == "cache_only":
@@ -323,13 +343,17 @@ class CompilerManager:
             for i in missing:
                 results[i] = self._compile_here(pieces[i], names[i], in_process[0])
             return
+        from concurrent.futures import as_completed
+
         with _scratch_folder() as scratch:
             futures = {}
             for i in missing:
                 directory = Path(scratch) / str(i)
                 directory.mkdir()
                 futures[i] = self._submit(pieces[i], names[i], str(directory))
-            for i, future in futures.items():
+            numbers = {future: i for i, future in futures.items()}
+            for future in as_completed(numbers):
+                i = numbers[future]
                 results[i] = self._finish(pieces[i], names[i], future, max_parts)
 
     def _submit(self, piece: Piece, name: str, directory: str) -> Future[JobResult]:
@@ -346,7 +370,7 @@ class CompilerManager:
                 name=name,
                 directory=directory,
                 compilers=compilers,
-                verify=self._config.verify,
+                verify=bool(self._config.verify),
             )
         )
 
@@ -389,6 +413,7 @@ class CompilerManager:
         compiler = self.make_compiler(compiler_name)
         key = self.compute_hash_keys(piece, compiler)
         files = {label: _PathOf(path) for label, path in done.files.items()}
+        timing = list(done.timing) if done.timing else None
         payload = self._storage.publish(
             key.digest,
             {
@@ -399,6 +424,7 @@ class CompilerManager:
                 "parts": key.parts,
                 "piece": piece.to_json(),
                 "verification": done.verify,
+                "timing": timing,
             },
             files,
         )
@@ -414,14 +440,34 @@ class CompilerManager:
             # No tier could keep it (a full disk, say): open it where the worker left it.
             call = compiler.load(done.details, self._keep(done.files), None)
             record = None
-        return PieceResult(
-            call=call,
-            key=key.digest,
-            compiler=compiler_name,
-            record=record,
-            seconds=done.seconds,
-            ranges=done.details.get("ranges"),
+        return self._if_worth(
+            piece,
+            PieceResult(
+                call=call,
+                key=key.digest,
+                compiler=compiler_name,
+                record=record,
+                seconds=done.seconds,
+                ranges=done.details.get("ranges"),
+                timing=timing,
+            ),
         )
+
+    def _if_worth(self, piece: Piece, result: PieceResult) -> PieceResult:
+        """Return the compiled piece, or the eager one where that was found to be faster."""
+        from precast.compilers.timing import how_much_slower
+
+        slower = how_much_slower(result.timing)
+        if slower is None or self._config.keep_slower:
+            return result
+        reason = Reason(
+            "not-worth-it",
+            f"compiled by {result.compiler} it takes {slower}; the piece runs eager",
+            "nothing to do; keep_slower=True runs it all the same",
+        )
+        eager = self._eager(piece, reason)
+        eager.record["timing"] = eager.timing = result.timing  # type: ignore[index]
+        return eager
 
     def _too_large(
         self, piece: Piece, name: str, reason: Reason, max_parts: int, *, is_killed: bool = False
@@ -624,6 +670,19 @@ def _both(one: Sequence[int | None] | None, other: Sequence[int | None]) -> list
     return [max(one[0] or 0, other[0] or 0), min(highs, default=None)]
 
 
+class _Results(list["PieceResult | None"]):
+    """What became of each piece; tells of each as it is entered."""
+
+    def __init__(self, length: int, on_result: Callable[[int, PieceResult], None]) -> None:
+        super().__init__([None] * length)
+        self._on_result = on_result
+
+    def __setitem__(self, number: Any, result: Any) -> None:
+        super().__setitem__(number, result)
+        if result is not None:
+            self._on_result(number, result)
+
+
 class _PathOf:
     """A path as `os.PathLike`, which tells the storage a file from bytes."""
 
@@ -634,6 +693,17 @@ class _PathOf:
 
     def __fspath__(self) -> str:
         return self._path
+
+
+def pending_result(piece: Piece) -> PieceResult:
+    """Return what stands for a piece that is still to be compiled; it is never kept."""
+    return PieceResult(
+        call=eager_call(piece),
+        key="",
+        compiler="eager",
+        record=None,
+        reason=Reason("compile-pending", "it is being compiled; it runs eager until then", ""),
+    )
 
 
 def eager_call(piece: Piece) -> CompiledCallable:
@@ -663,4 +733,20 @@ def check_compiler(setting: object) -> None:
             setting,
             f"a compiler (it has no {', '.join(missing)})",
             "see precast.compilers.interface.CompilerInterface",
+        )
+
+
+def check_saveable(config: CompilationConfig) -> None:
+    """Refuse a compiler that works in the serving process, where calls are to go on.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    setting = config.compiler
+    if setting == "inductor" or not getattr(setting, "is_saveable", True):
+        raise ConfigError(
+            "compiler",
+            setting,
+            'one that works outside of this process, with mode="progressive"',
+            'Write compiler="auto", or mode="blocking"',
         )

@@ -39,6 +39,7 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
                         "compiler": slot.compiler,
                         "from": slot.tier or "compiled here",
                         "seconds_saved": slot.seconds_saved,
+                        "timing": slot.timing,
                         "reason": None if slot.reason is None else slot.reason.as_dict(),
                     }
                     for slot in loaded.slots.slots
@@ -49,6 +50,8 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
             if isinstance(loaded, LoadedAssembly)
         ],
         "reasons": [reason.as_dict() for reason in compiled.reasons],
+        "behind": compiled.behind(),
+        "not_sampled": compiled.not_sampled,
         "not_revalidated": compiled.second_look.why_not,
         "blocks": [describe(block) for block in compiled.blocks],
     }

@@ -15,7 +15,7 @@ from precast.cache.trust import NO_KEYS, Trust, open_trust
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
 from precast.graph.key import HashComputer, explain_misses, toolchain_parts
-from precast.manager import CompilerManager, check_compiler
+from precast.manager import CompilerManager, check_compiler, check_saveable
 from precast.monitoring.log import LogListener
 from precast.monitoring.stats import StatsListener
 
@@ -53,20 +53,25 @@ class Session:
         self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)
         self.loader: CacheLoader
         self.storage: CacheStorage
-        self.loader, self.storage = open_cache(
-            config.cache_path(),
-            disabled=config.disable_compile_cache,
-            emit=self.emit,
-            clock=time.perf_counter,
-            cache_url=config.cache_url,
-            further_tiers=_open_bundles(config),
-            trust=NO_KEYS if is_disabled else _open_trust(config),
-        )
-        self.manager = CompilerManager(
-            config, self.loader, self.storage, self.emit, self._make_service
-        )
+        self.manager: CompilerManager
+        self.reopen()
         self._hashers: dict[str, HashComputer] = {}
         self._key_parts: dict[str, dict[str, Any]] = {}
+
+    def reopen(self) -> None:
+        """Open the cache and the compilers, anew in a forked process; what was open is let be."""
+        self.loader, self.storage = open_cache(
+            self.config.cache_path(),
+            disabled=self.config.disable_compile_cache,
+            emit=self.emit,
+            clock=time.perf_counter,
+            cache_url=self.config.cache_url,
+            further_tiers=_open_bundles(self.config),
+            trust=NO_KEYS if self.is_disabled else _open_trust(self.config),
+        )
+        self.manager = CompilerManager(
+            self.config, self.loader, self.storage, self.emit, self._make_service
+        )
 
     def _make_stats(self) -> StatsListener:
         """Return what keeps statistics beside the disk tier, for `precast stats`."""
@@ -108,6 +113,8 @@ class Session:
             # Pieces are compiled side by side; a pool of compile processes in each worker takes
             # longer to start than a piece's few kernels take.
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        if self.config.mode == "progressive":
+            environment["PRECAST_WORKER_NICE"] = "10"  # Calls are served beside it.
         return environment
 
     def _make_service(self) -> CompileService:
@@ -143,6 +150,8 @@ def open_session(
     """
     resolved = read_config(config, **settings)
     check_compiler(resolved.config.compiler)
+    if resolved.config.mode == "progressive":
+        check_saveable(resolved.config)
     return Session(name, resolved.config, resolved.origins, resolved.is_disabled, listeners)
 
 

@@ -23,6 +23,7 @@ from precast.events import (
     PieceFailed,
     PieceLoaded,
     PieceMissed,
+    PieceTimed,
 )
 from precast.graph.piece import Piece
 from precast.manager import CompilerManager, check_compiler
@@ -339,3 +340,60 @@ def test_workers_end_once(tmp_path: Path) -> None:
 def test_what_is_no_compiler_is_refused() -> None:
     with pytest.raises(ConfigError, match="is_saveable"):
         check_compiler(object())
+
+
+SLOW = (
+    {
+        "sizes": {},
+        "compiled_s": 2e-6,
+        "eager_s": 1e-6,
+        "compiled_best_s": 2e-6,
+        "eager_best_s": 1e-6,
+        "num_turns": 25,
+        "slower_turns": 25,
+    },
+)
+
+
+class SlowService(HereService):
+    """Its code was measured to be slower than eager."""
+
+    def submit(self, job: CompileJob) -> Future[JobResult]:
+        done = super().submit(job).result()
+        future: Future[JobResult] = Future()
+        future.set_result(done.replace(timing=SLOW))
+        return future
+
+
+def test_code_that_is_slower_than_eager_is_kept_but_not_run(tmp_path: Path) -> None:
+    """Later starts know it without measuring anew; `keep_slower` runs it all the same."""
+    for number in range(2):
+        setup = Setup(tmp_path, Planted())
+        setup.service = SlowService(Planted())
+        [result] = setup.manager.compile([TINY], ["tiny"])
+        assert len(setup.service.jobs) == 1 - number
+        assert result.compiler == "eager"
+        assert result.reason is not None
+        assert result.reason.code == "not-worth-it"
+        assert "2 µs where eager takes 1 µs" in result.reason.message
+        assert result.record is not None
+        assert list(result.record["timing"]) == list(SLOW)
+        assert setup.kinds(PieceTimed) == ["PieceTimed"]
+    forced = Setup(tmp_path, Planted(), keep_slower=True)
+    [result] = forced.manager.compile([TINY], ["tiny"])
+    assert (result.compiler, result.from_cache) == ("planted", True)
+
+
+def test_each_result_is_told_of_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    other = Piece.from_json({**TINY.to_json(), "text": TINY.text + "\n"})
+    setup = Setup(tmp_path, Planted())
+    told: list[int] = []
+    results = setup.manager.compile(
+        [TINY, other],
+        ["tiny", "other"],
+        order=[1, 0],
+        on_result=lambda number, _result: told.append(number),
+    )
+    assert [job.name for job in setup.service.jobs] == ["other", "tiny"]
+    assert sorted(told) == [0, 1]
+    assert [result.compiler for result in results] == ["planted", "planted"]

@@ -341,6 +341,7 @@ class CompileService:
             failures=tuple(failures),
             worker_pid=pid,
             peak_bytes=peak_bytes,
+            timing=tuple(answer.get("timing", ())),
         )
 
 

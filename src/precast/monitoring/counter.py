@@ -27,6 +27,7 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_split": (events.PieceSplit, _one),
     "num_jobs": (events.JobFinished, _one),
     "num_verified": (events.PieceVerified, _one),
+    "num_timed": (events.PieceTimed, _one),
     "num_mismatched": (events.VerifyMismatched, _one),
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
@@ -71,6 +72,7 @@ class CompilationCounter:
     num_split: int
     num_jobs: int
     num_verified: int
+    num_timed: int
     num_mismatched: int
     num_loaded: int
     num_cache_hits: int
