@@ -221,6 +221,9 @@ def test_code_for_fewer_sizes_is_swapped_in_for_those(tmp_path: Path) -> None:
     model(torch.randn(4, 8))
     assert precast.wait(model, 120)
     assert set(compilers(model)) == {"narrow"}
+    loaded = model._compiled_call_impl.loaded[0]
+    assert loaded.why_not((model, torch.randn(8, 8)), {}) is None
+    assert loaded.why_not((model, torch.randn(9, 8)), {}) is not None
     for size in (2, 8, 9, 100):
         x = torch.randn(size, 8)
         assert_same(model(x), eager(model, x))
