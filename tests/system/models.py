@@ -299,11 +299,12 @@ class Hanging(Filed):
 
 
 class Narrow(Filed):
-    """Compiles for sizes up to eight only."""
+    """Compiles for sizes up to eight only, pieces without a norm for sizes up to six."""
 
     name = "narrow"
 
     def compile(self, piece: Any, directory: str) -> CompiledPiece:
         made = super().compile(piece, directory)
-        ranges = {symbol: [low.low, 8] for symbol, low in piece.symbols.items()}
+        high = 8 if "norm" in piece.text else 6
+        ranges = {symbol: [allowed.low, high] for symbol, allowed in piece.symbols.items()}
         return CompiledPiece(made.files, {"ranges": ranges})
