@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from precast.cache.collect import Collector
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
     from precast.events import Emit
@@ -33,6 +34,8 @@ def open_cache(
     clock: Callable[[], float],
     further_tiers: Sequence[CacheInterface] = (),
     trust: Trust = NO_KEYS,
+    max_bytes: int | None = None,
+    max_age_s: float | None = None,
 ) -> tuple[CacheLoader, CacheStorage]:
     """Return what reads and what writes the cache of one model. Touches no disk yet.
 
@@ -45,6 +48,8 @@ def open_cache(
         clock: Seconds, for durations.
         further_tiers: Asked after the disk tier; left alone where the cache is disabled.
         trust: Signs what is published, and says what of shared tiers may be used.
+        max_bytes: Of the disk tier; None: any number.
+        max_age_s: Since the last use of what is in it; None: any time.
     """
     scratch = ScratchCache() if disabled else None
     tiers: tuple[CacheInterface, ...] = (
@@ -52,7 +57,20 @@ def open_cache(
         if scratch is None
         else (MemoryCache(), scratch)
     )
+
+    def make_collector() -> Collector:
+        from precast.cache.collect import Collector  # Few starts publish.
+
+        return Collector(tiers, emit, clock, max_bytes=max_bytes, max_age_s=max_age_s)
+
+    is_bounded = not disabled and (max_bytes is not None or max_age_s is not None)
     return (
         CacheLoader(tiers, emit, clock, scratch=scratch, trust=trust),
-        CacheStorage(tiers, emit, clock, trust=trust),
+        CacheStorage(
+            tiers,
+            emit,
+            clock,
+            trust=trust,
+            make_collector=make_collector if is_bounded else None,
+        ),
     )

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from precast.cache.collect import Collector
     from precast.cache.interface import CacheInterface
+    from precast.cache.lease import Leases
     from precast.cache.trust import Trust
     from precast.errors import Reason
     from precast.events import Emit
@@ -43,21 +45,27 @@ class CacheStorage:
         clock: Callable[[], float],
         *,
         trust: Trust = NO_KEYS,
+        make_collector: Callable[[], Collector] | None = None,
     ) -> None:
         """Write to `tiers`.
 
         Args:
             trust: Signs what is published, where it has a key.
+            make_collector: Makes what keeps the tiers within their bounds, at the first publishing.
         """
         self._layered = LayeredCache(tiers, emit, clock, trust=trust)
         self._emit = emit
         self._clock = clock
+        self._make_collector = make_collector
+        self._collector: Collector | None = None
 
     def publish(
         self,
         key: str,
         payload: Mapping[str, Any],
         files: Mapping[str, bytes | os.PathLike[str]],
+        *,
+        is_local: bool = False,
     ) -> dict[str, Any]:
         """Store an artifact in each tier and return its payload as a loader will give it.
 
@@ -67,6 +75,7 @@ class CacheStorage:
                 `RESERVED_FIELDS` are added: `files`, name to digest, is what `CacheLoader.files`
                 wants.
             files: Name to bytes, or to the path of a file that is read now.
+            is_local: It concerns this machine alone: leave out tiers that others read.
 
         Raises:
             ValueError, TypeError: A name, the key or the payload cannot be stored anywhere.
@@ -78,12 +87,29 @@ class CacheStorage:
         blobs = {complete["files"][name]: data for name, data in contents.items()}
         is_kept = False
         for tier in sorted(self._layered.tiers, key=lambda tier: tier.is_in_memory):
+            if is_local and not (tier.is_in_memory or tier.keeps_files):
+                continue
             # Memory is for the blobs that nothing else took, lest each costs its size in RAM.
             has_stored = self._store(
                 tier, key, manifest, {} if is_kept and tier.is_in_memory else blobs
             )
             is_kept |= has_stored
+        if self._make_collector is not None:
+            if self._collector is None:
+                self._collector = self._make_collector()
+            self._collector.note_publish()
         return json.loads(manifest[manifest.index(b"\n") :])  # type: ignore[no-any-return]
+
+    def open_leases(self) -> Leases:
+        """Return leases in the tier that most others share, for work whose result comes here."""
+        from precast.cache.lease import Leases  # Few starts compile.
+
+        return Leases(self._layered.tiers, self._emit)
+
+    def close(self) -> None:
+        """End what runs in the background. Publishing goes on working."""
+        if self._collector is not None:
+            self._collector.close()
 
     def discard(self, key: str) -> None:
         """Forget a key in each tier. Its blobs stay: other keys may share them."""
