@@ -224,17 +224,25 @@ class CompiledModel:
             return None
         if self.dispatcher.loaded:
             self._report_outside(args, kwargs)
-        try:
-            return self._compile(key, args, kwargs, started)
-        except PrecastError as error:
-            if config.on_error == "raise":
-                raise
-            self._fall_back(signature, error)
-        except Exception as error:
-            # A mistake of ours must not stop a model that runs without us.
-            if config.on_error == "raise":
-                raise
-            self._fall_back(signature, CaptureError(self.session.name, in_words(error)))
+        # Of the processes that miss this at once, one captures and compiles; the others load.
+        with self.session.manager.turn(
+            key,
+            lambda: self._candidates.is_new(key),
+            lambda: self._load(key, device, args, kwargs, started),
+        ) as found:
+            if found is not None:
+                return found
+            try:
+                return self._compile(key, args, kwargs, started)
+            except PrecastError as error:
+                if config.on_error == "raise":
+                    raise
+                self._fall_back(signature, error, key)
+            except Exception as error:
+                # A mistake of ours must not stop a model that runs without us.
+                if config.on_error == "raise":
+                    raise
+                self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
         return None
 
     def _assembly_key(self, signature: str, device: str) -> str:
@@ -304,7 +312,7 @@ class CompiledModel:
                     name=session.name,
                 )
             except Unrecordable as finding:
-                self._trace_on_start(str(finding))
+                self._trace_on_start(str(finding), key)
                 return None
             if capture is None:
                 raise CaptureError(session.name, "it computes nothing with tensors")
@@ -317,7 +325,7 @@ class CompiledModel:
                 )
             )
             if capture.unrecordable is not None or capture.contract is None:
-                self._trace_on_start(str(capture.unrecordable))
+                self._trace_on_start(str(capture.unrecordable), key)
                 return None
             built = build_model(
                 capture.graph_module,
@@ -341,7 +349,9 @@ class CompiledModel:
         if isinstance(bound, Reason):
             raise CaptureError(session.name, f"its contract does not hold at once: {bound.message}")
         loaded.bound = bound
-        if storable is not None:
+        if storable is None:
+            self._note_unkept(key, Reason("compile-failed", "a piece cannot be kept", "nothing"))
+        else:
             session.manager.save(slot_key, storable)
             session.emit(AssemblyPublished(session.name, slot_key, len(str(storable))))
         self._install(loaded, started, built)
@@ -363,17 +373,17 @@ class CompiledModel:
             self.start_seconds, self.is_warm = seconds, built is None
         emit_start(self.session, loaded, seconds, built)
 
-    def _trace_on_start(self, problem: str) -> None:
+    def _trace_on_start(self, problem: str, key: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""
         from precast.backend import compile_traced
 
-        self._note(
-            Reason(
-                "trace-on-start",
-                f"{problem}; every start traces the model, pieces come from the cache",
-                "keep such values out of what the model reads in forward",
-            )
+        reason = Reason(
+            "trace-on-start",
+            f"{problem}; every start traces the model, pieces come from the cache",
+            "keep such values out of what the model reads in forward",
         )
+        self._note(reason)
+        self._note_unkept(key, reason)
         session = self.session
 
         def backend(graph_module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -395,7 +405,12 @@ class CompiledModel:
 
     # -- when it does not work ---------------------------------------------------
 
-    def _fall_back(self, signature: str, error: PrecastError) -> None:
+    def _note_unkept(self, key: str, reason: Reason) -> None:
+        """Note that a capture leaves nothing to load: then no process need wait for another's."""
+        self.session.manager.remember(key, reason, ("capture-failed",))
+
+    def _fall_back(self, signature: str, error: PrecastError, key: str) -> None:
+        self._note_unkept(key, error.reason)
         if isinstance(error, CaptureError):
             self.session.emit(CaptureFailed(self.session.name, error.reason))
         self._give_up(signature, error.reason)

@@ -56,6 +56,8 @@ class Session:
             cache_url=config.cache_url,
             further_tiers=_open_bundles(config),
             trust=NO_KEYS if is_disabled else _open_trust(config),
+            max_bytes=config.cache_max_bytes,
+            max_age_s=config.cache_max_age,
         )
         self.manager = CompilerManager(
             config, self.loader, self.storage, self.emit, self._make_service
@@ -101,6 +103,7 @@ class Session:
     def close(self) -> None:
         """End workers and remove temporary files; give waiting writes a last while."""
         self.manager.close()
+        self.manager.remove_kept()
         self.storage.close()
         self.loader.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,3 +274,17 @@ class Filed(EagerAdaptor):
         except ValueError as error:
             raise CompileError("?", self.name, "damaged bytes were handed out") from error
         return super().load({"piece": data}, {}, None)
+
+
+class Refusing(Filed):
+    """Refuses every piece as long as a variable of the environment says so."""
+
+    name = "refusing"
+
+    def identity(self) -> dict[str, str]:
+        return {"compiler": "refusing"}
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if "TEST_REFUSE" in os.environ:
+            raise CompileError("?", self.name, "not today")
+        return super().compile(piece, directory)

@@ -268,7 +268,7 @@ def test_a_directory_that_may_only_be_read(cache: Path, monkeypatch: pytest.Monk
     real = os.open
 
     def refuse(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if flags & os.O_WRONLY and str(path).startswith(str(cache)):
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(cache)):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, flags, *args, **kwargs)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from precast.cache.collect import Collector
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
     from precast.events import Emit
@@ -34,6 +35,8 @@ def open_cache(
     further_tiers: Sequence[CacheInterface] = (),
     trust: Trust = NO_KEYS,
     cache_url: str | None = None,
+    max_bytes: int | None = None,
+    max_age_s: float | None = None,
 ) -> tuple[CacheLoader, CacheStorage]:
     """Return what reads and what writes the cache of one model. Touches no disk yet.
 
@@ -50,6 +53,8 @@ def open_cache(
 
     Raises:
         ConfigError: The chain is not usable.
+        max_bytes: Of the disk tier; None: any number.
+        max_age_s: Since the last use of what is in it; None: any time.
     """
     if cache_url is not None and not disabled:
         # Imported here, since most starts have no other tier than the disk.
@@ -74,7 +79,20 @@ def open_cache(
         if scratch is None
         else (MemoryCache(), scratch)
     )
+
+    def make_collector() -> Collector:
+        from precast.cache.collect import Collector  # Few starts publish.
+
+        return Collector(tiers, emit, clock, max_bytes=max_bytes, max_age_s=max_age_s)
+
+    is_bounded = not disabled and (max_bytes is not None or max_age_s is not None)
     return (
         CacheLoader(tiers, emit, clock, scratch=scratch, trust=trust),
-        CacheStorage(tiers, emit, clock, trust=trust),
+        CacheStorage(
+            tiers,
+            emit,
+            clock,
+            trust=trust,
+            make_collector=make_collector if is_bounded else None,
+        ),
     )

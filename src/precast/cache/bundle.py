@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, Entry
     from precast.cache.trust import Trust
     from precast.events import Emit, Event
 
@@ -51,6 +51,10 @@ _CHUNK_BYTES = 1 << 20
 #: The parts of a piece's key that say where its code runs. `threads` may differ from one start to
 #: the next on one machine.
 _NEEDED_PARTS = ("architecture", "cpu", "device", "runtime", "torch")
+
+
+#: Kinds of manifests that say something of the cache they lie in, and of no artifact.
+_OF_ONE_CACHE = frozenset({"collection", "failure"})
 
 
 class _Entry:
@@ -180,6 +184,7 @@ class BundleCache:
     is_in_memory = False
     is_shared = True  # Whoever made the file wrote it: its manifests need signatures.
     keeps_files = False
+    leases = None
 
     def __init__(
         self, path: str | os.PathLike[str], *, parts_of: PartsOf = parts_without_torch
@@ -261,6 +266,31 @@ class BundleCache:
         check_digest(digest)
         self._set_aside.add(digest)
         return f"{self.path} (left where it is, not read again)"
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)  # A bundle does not change, and nothing in it grows old.
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        raise self._read_only("delete blob")
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._store_errors("list entries") as bundle:
+            found = [
+                Entry(is_manifest, name, entry.size, 0.0)
+                for is_manifest, part in ((True, bundle.manifests), (False, bundle.blobs))
+                for name, entry in part.items()
+                if name not in self._set_aside
+            ]
+        return iter(found)
+
+    def now_s(self) -> float:
+        return 0.0
+
+    def sweep(self, grace_s: float) -> None:
+        pass  # Nothing lies in it but entries.
 
     def _read_only(self, operation: str) -> StoreError:
         return StoreError(self.name, operation, "a bundle is never written")
@@ -582,7 +612,7 @@ def _gather(
     if keys is None:
         for key in sorted(cache.manifest_keys()):
             manifest = cache.find_manifest(key)  # What may not be used stays away.
-            if manifest is not None:
+            if manifest is not None and manifest.payload.get("kind") not in _OF_ONE_CACHE:
                 found[key] = manifest.payload
     else:
         for key in keys:

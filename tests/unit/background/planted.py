@@ -31,6 +31,15 @@ class Hanging(_Planted):
         time.sleep(600)
 
 
+class Held(Hanging):
+    """Hangs, where `Hanging` under its inherited name would be no compiler but eager."""
+
+    name = "held"
+
+    def identity(self) -> dict[str, str]:
+        return {"compiler": self.name}
+
+
 class Aborting(_Planted):
     def misbehave(self, directory: str) -> None:
         os.abort()
