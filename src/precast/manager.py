@@ -125,6 +125,7 @@ class CompilerManager:
         self._hashers: dict[str, HashComputer] = {}
         self._service: JobRunner | None = None
         self._kept: list[OwnFolder] = []
+        self._refused: set[str] = set()
 
     # -- parts ----------------------------------------------------------------
 
@@ -198,6 +199,7 @@ class CompilerManager:
         compiler = self.make_compiler(record["compiler"])
         if (unsigned or is_unsigned(record)) and getattr(compiler, "unpickles", True):
             self._emit(ArtifactRefused("cache", record["key"], _pickle_reason(compiler.name)))
+            self._refused.add(record["key"])
             return None
         files = record["files"]
         paths = self._loader.files(files) if files else {}
@@ -333,7 +335,8 @@ class CompilerManager:
                 is_ours = leases.try_acquire(work)
                 # Another one may have published it after we looked and before the lease was ours.
                 results[i] = self._look_again(pieces[i], names[i], work)
-                if results[i] is None and not is_ours and not self._is_late(started):
+                is_in_vain = self._is_refused(pieces[i]) or self._is_late(started)
+                if results[i] is None and not is_ours and not is_in_vain:
                     continue
                 del waiting[i]
                 if pause:
@@ -378,7 +381,8 @@ class CompilerManager:
                     is_ours = leases.try_acquire(work)
                     # What was waited for may have taken the place of what was there before.
                     found = look() if is_new() or (is_ours and pause) else None
-                if found is not None or is_ours or self._is_late(started):
+                is_in_vain = bool(self._refused) or self._is_late(started)
+                if found is not None or is_ours or is_in_vain:
                     break
                 pause = min(max(_FIRST_PAUSE_S, pause * 1.5), _LONGEST_PAUSE_S)
                 time.sleep(pause)
@@ -387,6 +391,13 @@ class CompilerManager:
             if found is not None:
                 leases.release(work)
             yield found
+
+    def _is_refused(self, piece: Piece) -> bool:
+        """Whether what others make of a piece was found to be of no use here."""
+        compilers = map(self.make_compiler, self.compiler_names())
+        return bool(self._refused) and not self._refused.isdisjoint(
+            self.compute_hash_keys(piece, compiler).digest for compiler in compilers
+        )
 
     def _is_late(self, started: float) -> bool:
         limit = self._config.lease_wait

@@ -18,10 +18,12 @@ import pytest
 
 from precast.cache import CacheLoader, CacheStorage, DiskCache, MemoryCache
 from precast.cache.collect import prune
-from precast.cache.interface import LeaseInterface
-from precast.cache.lease import Leases, RedisLeases
+from precast.cache.lease import Leases
+from precast.cache.redis import RedisCache
 from precast.cache.scratch import sweep_dead_folders
+from precast.cache.trust import Trust
 from precast.events import Event, LeaseAwaited
+from servers import RedisServer
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
@@ -180,23 +182,11 @@ def test_writers_are_killed_at_every_stage_two_hundred_times(tmp_path: Path) -> 
 # -- One compile for all, at the level of pieces: forked, since a start of torch takes seconds.
 
 
-class SharedDisk(DiskCache):
-    """Stands for a tier that many machines reach: its leases are a server's."""
-
-    def __init__(self, root: Path, leases: LeaseInterface) -> None:
-        super().__init__(root, name="shared")
-        self._shared = leases
-
-    @property
-    def leases(self) -> LeaseInterface | None:
-        return self._shared
-
-
 class QuickLeases(CacheStorage):
-    """Leases that expire after a second, so that tests need not wait longer."""
+    """Leases that expire after three seconds, so that tests need not wait longer."""
 
     def open_leases(self) -> Leases:
-        return Leases(self._layered.tiers, self._emit, ttl_s=1.0, heartbeat_s=0.2)
+        return Leases(self._layered.tiers, self._emit, ttl_s=3.0, heartbeat_s=0.2)
 
 
 def pieces_of(number: int) -> list[Any]:
@@ -218,20 +208,22 @@ def compile_here(
 
     from precast.config import CompilationConfig
     from precast.manager import CompilerManager
-    from unit.test_manager import Planted, SlowService
+    from unit.test_manager import PlantedWithoutPickle, SlowService
 
     class Noting(SlowService):
         def submit(self, job: Any) -> Any:
             with log.open("a") as file:
-                file.write(f"{os.getpid()} {hashlib.sha256(job.piece['text'].encode())}\n")
+                file.write(
+                    f"{os.getpid()} {hashlib.sha256(job.piece['text'].encode()).hexdigest()}\n"
+                )
             return super().submit(job)
 
     events: list[Event] = []
-    compiler = Planted()
+    compiler = PlantedWithoutPickle()
     manager = CompilerManager(
         CompilationConfig(compiler=compiler, lease_wait=60.0),
-        CacheLoader(tiers, events.append, time.monotonic),
-        QuickLeases(tiers, events.append, time.monotonic),
+        CacheLoader(tiers, events.append, time.monotonic, trust=Trust(allow_unsigned=True)),
+        QuickLeases(tiers, events.append, time.monotonic, trust=Trust(allow_unsigned=True)),
         events.append,
         lambda: Noting(compiler, None, takes_s),
     )
@@ -280,18 +272,12 @@ def make_tiers(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int]
     """Return what opens the tiers of the n-th process: one disk, or machines with a Redis."""
     if request.param == "disk":
         return lambda _: [MemoryCache(), DiskCache(tmp_path / "cache")]
-    client = request.getfixturevalue("redis_client")
-    prefix = f"{tmp_path}:"
-
-    def make(number: int) -> list[Any]:
-        import redis
-
-        # A connection of its own: one may not be shared across a fork.
-        own = redis.Redis(port=client.connection_pool.connection_kwargs["port"])
-        shared = SharedDisk(tmp_path / "shared", RedisLeases(own, prefix))
-        return [MemoryCache(), DiskCache(tmp_path / f"machine {number}"), shared]
-
-    return make
+    url = request.getfixturevalue("redis_server").url
+    return lambda number: [
+        MemoryCache(),
+        DiskCache(tmp_path / f"machine {number}"),
+        RedisCache(url, prefix=str(tmp_path)),
+    ]
 
 
 NUM_PIECES = 4
@@ -310,7 +296,7 @@ def test_eight_processes_compile_each_piece_once(
         order = [(i + number) % NUM_PIECES for i in range(NUM_PIECES)]
         time.sleep(max(0.0, start_at - time.monotonic()))
         events = compile_here(make_tiers(number), order, log)
-        assert not [event for event in events if type(event).__name__ == "TierFailed"]
+        assert not [e for e in events if type(e).__name__ in ("TierFailed", "LeaseLost")]
 
     assert ends_of([fork(lambda number=number: run(number)) for number in range(8)]) == [0] * 8
     assert len(log.read_text().splitlines()) == NUM_PIECES
@@ -392,12 +378,15 @@ print(json.dumps({
     "captured": names.count("CaptureFinished"),
     "awaited": [e.outcome for e in events if type(e).__name__ == "LeaseAwaited"],
     "unique": sum(unique),
+    "failed": [str(event) for event in events if type(event).__name__ == "TierFailed"],
     "modules": "torch._dynamo" in sys.modules,
 }))
 """
 
 
-def start(program: str, *arguments: object, place: Path) -> subprocess.Popen[str]:
+def start(
+    program: str, *arguments: object, place: Path, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -410,8 +399,37 @@ def start(program: str, *arguments: object, place: Path) -> subprocess.Popen[str
             "PYTHONPATH": PATH,
             "TMPDIR": str(place),
             "PRECAST_WORKER_WARM": "0",
+            **environment,
         },
     )
+
+
+def answers_of(fleet: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """Let all that were started with `START` begin at once; return what they say at the end."""
+    for process in fleet:
+        wait_until_ready(process)
+    for process in fleet:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = []
+    for process in fleet:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
+        answers.append(json.loads(output))
+    assert len({answer["total"] for answer in answers}) == 1
+    assert not [answer["failed"] for answer in answers if answer["failed"]]
+    return answers
+
+
+def assert_one_did_it(answers: list[dict[str, Any]]) -> None:
+    """One captured and compiled; the others waited for it, and imported nothing to compile."""
+    [unique] = {answer["unique"] for answer in answers if answer["captured"]}
+    assert sum(answer["captured"] for answer in answers) == 1
+    assert sum(answer["compiled"] for answer in answers) == unique > 0
+    waited = [answer for answer in answers if not answer["captured"]]
+    assert [answer["awaited"] for answer in waited] == [["found"]] * (len(answers) - 1)
+    assert not any(answer["modules"] for answer in waited)
 
 
 @pytest.fixture
@@ -431,28 +449,44 @@ def test_a_fleet_that_starts_cold_captures_and_compiles_once(tmp_path: Path, pla
     The others load what the first one made, without tracing: they do not even import Dynamo.
     Nobody leaves anything behind.
     """
-    fleet = [start(START, tmp_path, "release" if i % 2 else "exit", place=place) for i in range(4)]
-    for process in fleet:
-        wait_until_ready(process)
-    answers = []
-    for process in fleet:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in fleet:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-        answers.append(json.loads(output))
-    assert len({answer["total"] for answer in answers}) == 1
-    assert sum(answer["captured"] for answer in answers) == 1
-    [unique] = {answer["unique"] for answer in answers if answer["captured"]}
-    assert sum(answer["compiled"] for answer in answers) == unique > 0
-    waited = [answer for answer in answers if not answer["captured"]]
-    assert [answer["awaited"] for answer in waited] == [["found"]] * 3
-    assert not any(answer["modules"] for answer in waited)
+    assert_one_did_it(
+        answers_of(
+            [start(START, tmp_path, "release" if i % 2 else "exit", place=place) for i in range(4)]
+        )
+    )
     assert [path.name for path in place.iterdir() if path.name.startswith("precast-")] == []
     assert not list((tmp_path / "v1" / "lease").iterdir())
     assert not list((tmp_path / "v1" / "tmp").iterdir())
+
+
+def test_eight_machines_that_start_cold_on_one_redis_compile_once(
+    tmp_path: Path, place: Path, redis_server: RedisServer
+) -> None:
+    """
+    Their disks are empty and their own. A ninth one, later, has all it needs from Redis alone.
+    """
+    import redis
+
+    prefix = tmp_path.name
+    chain = f"disk,{redis_server.url}?prefix={prefix}&connect_ms=20000&deadline_ms=20000"
+
+    def machine(number: int) -> subprocess.Popen[str]:
+        return start(
+            START,
+            tmp_path / f"machine-{number}",
+            "release" if number % 2 else "exit",
+            place=place,
+            PRECAST_CACHE_URL=chain,
+            PRECAST_ALLOW_UNSIGNED="1",
+        )
+
+    assert_one_did_it(answers_of([machine(number) for number in range(8)]))
+    with redis.Redis(port=redis_server.port) as client:
+        assert not list(client.scan_iter(match=f"{prefix}/v1/lease/*"))
+    [ninth] = answers_of([machine(9)])
+    assert (ninth["captured"], ninth["compiled"], ninth["awaited"]) == (0, 0, [])
+    assert not ninth["modules"]
+    assert [path.name for path in place.iterdir() if path.name.startswith("precast-")] == []
 
 
 HANGING = """

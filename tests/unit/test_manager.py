@@ -627,3 +627,26 @@ def test_one_of_several_has_its_turn(tmp_path: Path) -> None:
             thread.join()
         assert turns == expected
         assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("trust", [NO_KEYS, Trust(allow_unsigned=True)], ids=["none", "unsigned"])
+def test_nobody_waits_for_what_may_not_be_used(tmp_path: Path, trust: Trust) -> None:
+    """
+    Without keys, or with pickles that nobody signed, what others publish is refused: a fleet
+    would do the same work one process after the other.
+    """
+    shared = tmp_path / "shared"
+
+    def setup(name: str, takes_s: float) -> Setup:
+        return slow_setup(tmp_path / name, takes_s, shared=shared, trust=trust)
+
+    setup("before", 0.0).manager.compile([TINY], ["tiny"])
+    first, second = setup("first", 2.0), setup("second", 0.0)
+    thread, mine = in_thread(first)
+    assert first.service.is_started.wait(10)
+    [result] = second.manager.compile([TINY], ["tiny"])
+    assert not mine, "it was not waited for"
+    thread.join()
+    assert len(second.service.jobs) == 1
+    assert result.call(X)[0].sum() == 12
+    assert outcomes(second) == []

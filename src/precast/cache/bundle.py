@@ -17,7 +17,14 @@ from hashlib import sha256
 
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_body, encode_manifest
-from precast.cache.names import check_digest, check_key, is_digest, is_file_name, is_key
+from precast.cache.names import (
+    check_digest,
+    check_key,
+    is_digest,
+    is_file_name,
+    is_internal_key,
+    is_key,
+)
 from precast.cache.trust import NO_KEYS, is_unsigned, mark_unsigned
 from precast.errors import (
     ArtifactCorruptError,
@@ -51,10 +58,6 @@ _CHUNK_BYTES = 1 << 20
 #: The parts of a piece's key that say where its code runs. `threads` may differ from one start to
 #: the next on one machine.
 _NEEDED_PARTS = ("architecture", "cpu", "device", "runtime", "torch")
-
-
-#: Kinds of manifests that say something of the cache they lie in, and of no artifact.
-_OF_ONE_CACHE = frozenset({"collection", "failure"})
 
 
 class _Entry:
@@ -610,9 +613,9 @@ def _gather(
             raise BundleIncompleteError(path, f"no tier has {key}{why}")
 
     if keys is None:
-        for key in sorted(cache.manifest_keys()):
+        for key in sorted(key for key in cache.manifest_keys() if not is_internal_key(key)):
             manifest = cache.find_manifest(key)  # What may not be used stays away.
-            if manifest is not None and manifest.payload.get("kind") not in _OF_ONE_CACHE:
+            if manifest is not None:
                 found[key] = manifest.payload
     else:
         for key in keys:

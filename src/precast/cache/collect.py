@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from precast.cache.attempt import report_failure
 from precast.cache.lease import Leases
 from precast.cache.manifest import complete_payload, decode_manifest, encode_manifest
+from precast.cache.names import COLLECTION_KEY
 from precast.cache.scratch import sweep_dead_folders
 from precast.errors import ArtifactCorruptError
 from precast.events import CacheCollected
@@ -38,9 +39,6 @@ GRACE_S = 3600.0
 
 #: A tier is collected once in this time by all who share it, however many start and publish.
 INTERVAL_S = 6 * 3600.0
-
-#: The key of the note of the last collection, and the name of the lease of the one that runs.
-STAMP_KEY = "last-collection"
 
 
 class ManifestUse(Value):
@@ -175,7 +173,7 @@ def prune(
         started_s = clock()
         try:
             with Leases([tier], emit) as leases:
-                if not is_trial and not leases.try_acquire(STAMP_KEY):
+                if not is_trial and not leases.try_acquire(COLLECTION_KEY):
                     done.append(Pruned(tier.name, skipped="another process collects it"))
                     continue
                 pruned = _prune_tier(
@@ -226,7 +224,7 @@ def _prune_tier(
     for entry in tier.entries():
         if is_called_off():
             return Pruned(tier.name, skipped="called off")
-        if entry.is_manifest and entry.name != STAMP_KEY:
+        if entry.is_manifest and entry.name != COLLECTION_KEY:
             manifests.append(_read_use(tier, entry))
     plan = make_plan(
         manifests,
@@ -244,7 +242,7 @@ def _prune_tier(
                     return Pruned(tier.name, skipped="called off")
                 remove(name)
         tier.sweep(grace_s)
-        tier.write_manifest(STAMP_KEY, _stamp(now_s))
+        tier.write_manifest(COLLECTION_KEY, _stamp(now_s))
     return Pruned(
         tier.name,
         len(plan.keys),
@@ -274,15 +272,15 @@ def _read_use(tier: CacheInterface, entry: Entry) -> ManifestUse:
 
 def _stamp(now_s: float) -> bytes:
     payload = {"kind": "collection", "collected_s": now_s}
-    return encode_manifest(complete_payload(STAMP_KEY, payload, {}))
+    return encode_manifest(complete_payload(COLLECTION_KEY, payload, {}))
 
 
 def _was_collected_since(tier: CacheInterface, since_s: float) -> bool:
-    data = tier.read_manifest(STAMP_KEY)
+    data = tier.read_manifest(COLLECTION_KEY)
     if data is None:
         return False
     try:
-        collected_s = float(decode_manifest(STAMP_KEY, data, tier.name)["collected_s"])
+        collected_s = float(decode_manifest(COLLECTION_KEY, data, tier.name)["collected_s"])
     except (ArtifactCorruptError, KeyError, TypeError, ValueError):
         return False
     # One from the future is of a clock that was wrong.

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from precast.cache.lease import machine_identity
+from precast.cache.names import FAILURE_PREFIX
 from precast.errors import Reason
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _CLOCK_SLACK_S = 300.0
 
 def failure_key(work: str) -> str:
     """Return the key under which the failure of a piece of work is remembered."""
-    return f"failed-{work}"
+    return FAILURE_PREFIX + work
 
 
 def make_failure(

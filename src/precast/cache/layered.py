@@ -96,10 +96,10 @@ class LayeredCache:
             found = self.find_in(tier, key)
             if found is None:
                 continue
-            try_write(self._emit, tier, tier.touch_manifest, key)
+            self._write_later(tier, tier.touch_manifest, key)
             for nearer in self.tiers[:i]:
                 if nearer.is_writable:
-                    self._fill(nearer, nearer.write_manifest, key, found.data)
+                    self._write_later(nearer, nearer.write_manifest, key, found.data)
             return found
         return None
 
@@ -168,7 +168,7 @@ class LayeredCache:
                 continue
             for nearer in self.tiers[:i]:
                 if nearer.is_writable and not nearer.is_in_memory:
-                    self._fill(nearer, nearer.write_blob, digest, data)
+                    self._write_later(nearer, nearer.write_blob, digest, data)
             return data
         return None
 
@@ -216,17 +216,12 @@ class LayeredCache:
         ]
         return ", ".join(place for place in places if place)
 
-    def _fill(
-        self,
-        tier: CacheInterface,
-        method: Callable[[str, bytes], None],
-        name: str,
-        data: bytes,
-    ) -> None:
+    def _write_later(self, tier: CacheInterface, method: Callable[..., None], *args: Any) -> None:
+        """Write to a tier, behind the caller's back where that is how the tier is written."""
         if self._writer is not None and tier.name in self._writer.tiers:
-            self._writer.submit(tier.name, lambda: try_write(self._emit, tier, method, name, data))
+            self._writer.submit(tier.name, lambda: try_write(self._emit, tier, method, *args))
         else:
-            try_write(self._emit, tier, method, name, data)
+            try_write(self._emit, tier, method, *args)
 
     def touch_manifest(self, key: str) -> None:
         check_key(key)

@@ -23,6 +23,7 @@ from precast.events import LeaseAcquired, LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Any
 
@@ -212,47 +213,37 @@ class RedisLeases:
         "then return redis.call('del', KEYS[1]) end return 0"
     )
 
-    def __init__(self, client: Any, prefix: str = "precast:", tier: str = "redis") -> None:
+    def __init__(self, using: Callable[[str], AbstractContextManager[Any]], prefix: str) -> None:
         """Connect to nothing yet.
 
         Args:
-            client: A `redis.Redis`; its timeouts bound what a call here may cost.
+            using: Gives a `redis.Redis` for the operation that is named, and raises what that one
+                raises as a `StoreError`. The client's timeouts bound what a call here may cost.
             prefix: Of all keys.
-            tier: Named in errors.
         """
-        self._client = client
+        self._using = using
         self._prefix = prefix
-        self._tier = tier
 
     def try_acquire(self, name: str, owner: str, ttl_s: float) -> bool:
         check_key(name)
-        with self._store_errors("acquire lease"):
-            if self._client.set(self._key(name), owner, nx=True, px=_milliseconds(ttl_s)):
+        with self._using("acquire lease") as client:
+            if client.set(self._key(name), owner, nx=True, px=_milliseconds(ttl_s)):
                 return True
         return self.renew(name, owner, ttl_s)
 
     def renew(self, name: str, owner: str, ttl_s: float) -> bool:
         check_key(name)
-        with self._store_errors("renew lease"):
-            answer = self._client.eval(self._RENEW, 1, self._key(name), owner, _milliseconds(ttl_s))
+        with self._using("renew lease") as client:
+            answer = client.eval(self._RENEW, 1, self._key(name), owner, _milliseconds(ttl_s))
             return bool(answer)
 
     def release(self, name: str, owner: str) -> None:
         check_key(name)
-        with self._store_errors("release lease"):
-            self._client.eval(self._RELEASE, 1, self._key(name), owner)
+        with self._using("release lease") as client:
+            client.eval(self._RELEASE, 1, self._key(name), owner)
 
     def _key(self, name: str) -> str:
-        return f"{self._prefix}lease:{name}"
-
-    @contextmanager
-    def _store_errors(self, operation: str) -> Iterator[None]:
-        from redis.exceptions import RedisError
-
-        try:
-            yield
-        except (RedisError, OSError) as error:
-            raise StoreError(self._tier, operation, f"{type(error).__name__}: {error}") from error
+        return f"{self._prefix}{name}"
 
 
 class Leases:
@@ -268,10 +259,24 @@ class Leases:
         tiers: Sequence[CacheInterface],
         emit: Emit,
         *,
+        settle: Callable[[CacheInterface], bool] = lambda _: True,
         ttl_s: float = LEASE_TTL_S,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
+        """Ask nothing yet.
+
+        Args:
+            tiers: Nearest first.
+            emit: Is told what happens, also by the heartbeat's thread.
+            settle: Waits until a tier has what was published, before a lease in it is released;
+                whoever gets the lease next would not find it. False: it took too long, and is not
+                waited for again.
+            ttl_s: How long a lease is held without a sign of life.
+            heartbeat_s: Between two signs.
+        """
         self._emit = emit
+        self._settle = settle
+        self._is_settling = True
         self._ttl_s = ttl_s
         self._heartbeat_s = heartbeat_s
         self._owner = f"{os.getpid()}-{os.urandom(16).hex()}"
@@ -309,7 +314,11 @@ class Leases:
         return place is None or self._renew(name, *place)
 
     def release(self, name: str) -> None:
-        """Let others have it."""
+        """Let others have it, once they can find what was published under it."""
+        with self._lock:
+            place = self._held.get(name)
+        if place is not None and self._is_settling:
+            self._is_settling = self._settle(place[0])
         with self._lock:
             place = self._held.pop(name, None)
         if place is not None:
@@ -321,11 +330,11 @@ class Leases:
 
     def close(self) -> None:
         """Release all and end the heartbeat."""
+        for name in tuple(self._held):
+            self.release(name)
         self._is_closed.set()
         if self._thread is not None:
             self._thread.join()
-        for name in tuple(self._held):
-            self.release(name)
 
     def __enter__(self) -> Self:
         return self

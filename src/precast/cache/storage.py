@@ -15,7 +15,7 @@ from precast.cache.attempt import try_quarantine, try_read, try_write
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import complete_payload, encode_manifest
 from precast.cache.names import check_key
-from precast.cache.trust import NO_KEYS
+from precast.cache.trust import NO_KEYS, is_shared
 from precast.errors import StoreError
 from precast.events import ArtifactPublished, TierFailed
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from precast.cache.writer import BackgroundWriter
     from precast.errors import Reason
     from precast.events import Emit
+
+#: How long a lease is kept after the work is done, so that a shared tier has the result first.
+SETTLE_S = 10.0
 
 
 class CacheStorage:
@@ -125,10 +128,17 @@ class CacheStorage:
         return json.loads(manifest[manifest.index(b"\n") :])  # type: ignore[no-any-return]
 
     def open_leases(self) -> Leases:
-        """Return leases in the tier that most others share, for work whose result comes here."""
+        """Return leases in the tier that most others share, for work whose result comes here.
+
+        Others cannot use what nobody signs, unless they are set to: then they would wait in vain,
+        one for the other, so leases are left to the tiers that are this user's own.
+        """
         from precast.cache.lease import Leases  # Few starts compile.
 
-        return Leases(self._layered.tiers, self._emit)
+        trust = self._layered.trust
+        is_of_use = trust.allow_unsigned or trust.signing_key is not None
+        tiers = [tier for tier in self._layered.tiers if is_of_use or not is_shared(tier)]
+        return Leases(tiers, self._emit, settle=self._settle)
 
     def discard(self, key: str) -> None:
         """Forget a key in each tier. Its blobs stay: other keys may share them."""
@@ -163,6 +173,10 @@ class CacheStorage:
             self._collector.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _settle(self, tier: CacheInterface) -> bool:
+        """Wait until a tier has what was published so far, for a while where that is slow."""
+        return not self._is_behind(tier) or self.flush(SETTLE_S)
 
     def _forget(self, tier: CacheInterface, key: str) -> None:
         try_write(self._emit, tier, tier.delete_manifest, key)

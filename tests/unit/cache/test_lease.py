@@ -14,17 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
 from precast.cache import DiskCache, MemoryCache
 from precast.cache import lock as lock_module
-from precast.cache.interface import LeaseInterface
-from precast.cache.lease import FileLeases, Leases, RedisLeases
+from precast.cache.guarded import GuardedCache
+from precast.cache.interface import CacheInterface, LeaseInterface
+from precast.cache.lease import FileLeases, Leases
+from precast.cache.redis import RedisCache
 from precast.errors import StoreError
 from precast.events import Event
 from precast.testing import KEY, OTHER_KEY, LeaseContract, every_fault
+from servers import RedisServer
 
 SOURCE = Path(__file__).parents[3] / "src"
 
@@ -60,31 +62,38 @@ class TestFileLeasesWithoutLocks(LeaseContract):
 
 class TestRedisLeases(LeaseContract):
     @pytest.fixture(autouse=True)
-    def own_prefix(self, redis_client: Any) -> None:
-        self.client = redis_client
-        self.prefix = f"{uuid4()}:"
+    def use_server(self, redis_server: RedisServer) -> None:
+        self.server = redis_server
 
     def make_leases(self, tmp_path: Path) -> LeaseInterface:
-        return RedisLeases(self.client, self.prefix)
+        return RedisCache(self.server.url, prefix=str(tmp_path)).leases
 
-    def test_it_is_a_key_that_expires_and_is_gone_when_released(self) -> None:
-        leases = RedisLeases(self.client, self.prefix)
-        assert leases.try_acquire(KEY, "me", 60.0)
-        assert 59_000 < self.client.pttl(f"{self.prefix}lease:{KEY}") <= 60_000
-        leases.release(KEY, "me")
-        assert not self.client.exists(f"{self.prefix}lease:{KEY}")
+    def test_it_is_a_key_that_expires_and_is_gone_when_released(self, tmp_path: Path) -> None:
+        import redis
+
+        leases = self.make_leases(tmp_path)
+        name = f"{tmp_path}/v1/lease/{KEY}"
+        with redis.Redis(port=self.server.port) as client:
+            assert leases.try_acquire(KEY, "me", 60.0)
+            assert 59_000 < client.pttl(name) <= 60_000
+            leases.release(KEY, "me")
+            assert not client.exists(name)
 
     def test_a_server_that_is_away_is_a_store_error(self) -> None:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
-        away = RedisLeases(redis.Redis(port=1, retry=Retry(NoBackoff(), 0)))
+        away = RedisCache("redis://127.0.0.1:1").leases
         for use in (away.try_acquire, away.renew):
             with pytest.raises(StoreError, match="redis"):
                 use(KEY, "me", 1.0)
         with pytest.raises(StoreError, match="release lease"):
             away.release(KEY, "me")
+
+
+class TestGuardedRedisLeases(TestRedisLeases):
+    def make_leases(self, tmp_path: Path) -> LeaseInterface:
+        tier = RedisCache(self.server.url, prefix=str(tmp_path))
+        leases = GuardedCache(tier, lambda _: None, time.monotonic, deadline_s=20.0).leases
+        assert leases is not None
+        return leases
 
 
 HOLDER = f"""
@@ -349,3 +358,80 @@ def test_one_who_was_taken_for_dead_finds_out(tmp_path: Path, events: list[Event
             mine.release(KEY)
             assert other.still_holds(KEY)
     assert kinds(events) == ["LeaseAcquired", "LeaseAcquired", "LeaseLost"]
+
+
+def test_a_lease_is_kept_until_others_can_find_the_result(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    """
+    What takes too long is waited for once, however many leases there are.
+    """
+    disk = DiskCache(tmp_path)
+    assert disk.leases is not None
+    seen: list[bool] = []
+
+    def settle(tier: CacheInterface) -> bool:
+        assert tier is disk
+        assert disk.leases is not None
+        seen.append(disk.leases.try_acquire(KEY, "other", 1.0))
+        return len(seen) < 2
+
+    with Leases([disk], events.append, settle=settle) as leases:
+        for name in (KEY, OTHER_KEY):
+            assert leases.try_acquire(name)
+        leases.release("of-nobody")
+        assert seen == []
+        leases.release(KEY)
+        assert seen == [False], "it was free before that was over"
+        for name in (KEY, "third-key"):
+            assert leases.try_acquire(name)
+    assert len(seen) == 2
+    assert list((tmp_path / "v1" / "lease").iterdir()) == []
+
+
+def test_a_dead_server_costs_a_bounded_delay_once_and_the_disk_decides(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    """
+    One that takes connections and says nothing: the worst kind.
+    """
+    own = RedisServer(tmp_path / "redis")
+    own.start()
+    own.sleep()
+    try:
+        tier = RedisCache(own.url)
+        knock = tier.knock
+        waited: list[float] = []
+
+        def count(timeout_s: float) -> None:
+            waited.append(timeout_s)
+            knock(timeout_s)
+
+        far = GuardedCache(tier, events.append, time.monotonic, deadline_s=0.25, knock=count)
+        near = DiskCache(tmp_path / "near")
+        with Leases([near, far], events.append) as leases:
+            for name in (KEY, OTHER_KEY):
+                assert leases.try_acquire(name)
+            assert near.leases is not None
+            assert not near.leases.try_acquire(KEY, "other", 1.0)
+        assert kinds(events) == ["TierFailed", "LeaseAcquired", "LeaseAcquired"]
+        assert waited == [0.08]
+    finally:
+        own.stop()
+
+
+def test_a_server_that_dies_while_a_lease_is_held_is_reported(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    """
+    The holder goes on, and does not believe that it still holds it.
+    """
+    own = RedisServer(tmp_path / "redis")
+    own.start()
+    far = GuardedCache(RedisCache(own.url), events.append, time.monotonic, deadline_s=20.0)
+    with Leases([far], events.append, heartbeat_s=1000) as leases:
+        assert leases.try_acquire(KEY)
+        own.stop()
+        assert not leases.still_holds(KEY)
+        assert leases.try_acquire(OTHER_KEY), "without a place for leases all is ours"
+    assert kinds(events) == ["LeaseAcquired", "TierFailed", "TierSkipped", "TierSkipped"]
