@@ -30,6 +30,7 @@ from precast.cache.names import COLLECTION_KEY
 from precast.errors import StoreError
 from precast.events import CacheCollected, Event, TierFailed
 from precast.testing import every_fault, make_manifest
+from servers import wait_until
 
 HOUR, DAY = 3600.0, 86400.0
 NOW = 1000 * DAY
@@ -384,13 +385,6 @@ def test_a_directory_that_cannot_be_written_is_left_alone(
     assert events == []
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def collector_of(root: Path, events: list[Event], **settings: Any) -> Collector:
     return Collector(
         [MemoryCache(), DiskCache(root)],
@@ -436,6 +430,28 @@ def test_a_bounded_cache_collects_by_itself(
     wait_until(lambda: any(isinstance(event, CacheCollected) for event in events))
     storage.close()
     assert keys_of(tmp_path) == {"key-2"}
+
+
+def test_of_a_chain_the_disk_is_bounded_and_nothing_else(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    for name in ("disk", "far"):
+        publish(DiskCache(tmp_path / name), "key-1", b"1")
+        make_older(tmp_path / name, DAY)
+    _, storage = open_cache(
+        tmp_path / "disk",
+        disabled=False,
+        emit=events.append,
+        clock=time.monotonic,
+        cache_url=f"disk,disk:{tmp_path / 'far'}?shared=1&write=now,file://{tmp_path}/store",
+        max_bytes=1,
+    )
+    storage.publish("key-2", {}, {"file": b"2"})
+    wait_until(lambda: any(isinstance(event, CacheCollected) for event in events))
+    storage.close()
+    assert [event.tier for event in events if isinstance(event, CacheCollected)] == ["disk"]
+    assert keys_of(tmp_path / "disk") == {"key-2"}
+    assert keys_of(tmp_path / "far") == {"key-1", "key-2"}
 
 
 def test_ten_thousand_entries_are_pruned_while_they_are_read(
