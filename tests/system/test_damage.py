@@ -286,7 +286,7 @@ def test_a_disabled_cache_reads_and_writes_nothing(
 ) -> None:
     """Not the cache's folder, not even a look whether it exists."""
     path = tmp_path / folder
-    start(path)
+    start(path, cache_max_bytes=None, cache_max_age=None)  # Nothing collects it later on.
     touched = []
     for operation in ("open", "stat", "mkdir", "listdir", "replace", "unlink", "link"):
         real = getattr(os, operation)

@@ -257,14 +257,17 @@ def ends_of(pids: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm_parent() -> None:
+def warm_parent() -> Iterator[None]:
     """Import what the forks need, which would take each of them seconds."""
     import torch
 
     import unit.test_manager
 
-    torch.set_num_threads(1)  # Threads do not survive a fork.
     assert unit.test_manager.Planted
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Threads do not survive a fork.
+    yield
+    torch.set_num_threads(num_threads)  # It counts in the keys of other tests.
 
 
 @pytest.fixture(params=["disk", "redis"])
@@ -281,6 +284,7 @@ def make_tiers(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int]
 
 
 NUM_PIECES = 4
+_BAD = ("ArtifactQuarantined", "LeaseLost", "TierFailed")
 
 
 def test_eight_processes_compile_each_piece_once(
@@ -296,7 +300,7 @@ def test_eight_processes_compile_each_piece_once(
         order = [(i + number) % NUM_PIECES for i in range(NUM_PIECES)]
         time.sleep(max(0.0, start_at - time.monotonic()))
         events = compile_here(make_tiers(number), order, log)
-        assert not [e for e in events if type(e).__name__ in ("TierFailed", "LeaseLost")]
+        assert not [e for e in events if type(e).__name__ in _BAD]
 
     assert ends_of([fork(lambda number=number: run(number)) for number in range(8)]) == [0] * 8
     assert len(log.read_text().splitlines()) == NUM_PIECES
@@ -451,7 +455,7 @@ def test_a_fleet_that_starts_cold_captures_and_compiles_once(tmp_path: Path, pla
     """
     assert_one_did_it(
         answers_of(
-            [start(START, tmp_path, "release" if i % 2 else "exit", place=place) for i in range(4)]
+            [start(START, tmp_path, "release" if i % 2 else "exit", place=place) for i in range(3)]
         )
     )
     assert [path.name for path in place.iterdir() if path.name.startswith("precast-")] == []

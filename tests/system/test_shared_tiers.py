@@ -430,6 +430,7 @@ def test_signed_models_are_shared_and_others_refused(
     friend, events, result = start("friend", trusted_keys=[mine])
     assert torch.equal(result, expected)
     assert precast.status(friend)["is_warm"]
+    assert precast.status(friend)["settings"]["cache_url"]["value"].startswith("disk,")
     assert "CaptureFinished" not in names(events)
     stranger, events, result = start("stranger", trusted_keys=[other], mode="cache_only")
     assert torch.equal(result, expected)
@@ -438,33 +439,4 @@ def test_signed_models_are_shared_and_others_refused(
     assert all("not a trusted one" in event.reason.message for event in refused)
     assert "AssemblyLoaded" not in names(events)
     for model in (publisher, friend, stranger):
-        precast.release(model)
-
-
-def test_a_model_is_compiled_once_for_two_machines(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
-    """
-    The second machine has an empty disk, and loads the assembly and its pieces from Redis.
-    """
-    import torch
-
-    import precast
-    from system.models import Filed, compiled, make_net, names
-
-    url = f"disk,{redis_server.url}?prefix={tmp_path.name}&{PATIENT}"
-    x = torch.ones(3, 8)
-    settings: dict[str, Any] = {"compiler": Filed(), "cache_url": url, "allow_unsigned": True}
-    first, first_events = compiled(make_net(), tmp_path / "first", **settings)
-    with torch.inference_mode():
-        expected = first(x)
-    assert "PieceCompiled" in names(first_events)
-    assert precast.wait(first, timeout=60)
-    second, second_events = compiled(make_net(), tmp_path / "second", **settings)
-    with torch.inference_mode():
-        assert torch.equal(second(x), expected)
-    assert precast.status(second)["is_warm"]
-    assert "PieceCompiled" not in names(second_events)
-    assert precast.status(second)["settings"]["cache_url"]["value"] == url
-    for model in (first, second):
         precast.release(model)

@@ -350,11 +350,22 @@ class RedisCache:
 
         try:
             data: bytes = client.getrange(name, first, last)
+            if not data:
+                # Nothing, or no such name? Asked at once, or what is written between two questions
+                # would look like an empty value, which is damage.
+                both = client.pipeline(transaction=True)
+                both.getrange(name, first, last)
+                both.exists(name)
+                answer, is_there = both.execute(raise_on_error=False)
+                if isinstance(answer, Exception):
+                    raise answer
+                data = answer
+                return data if is_there else None
         except redis.ResponseError as error:
             if _is_wrong_type(error):
                 raise _NotAStringError from error
             raise
-        return data if data or client.exists(name) else None
+        return data
 
     def _read_hash(self, client: Any, name: str) -> bytes:
         """Return a blob that was kept in parts; no bytes for whatever else lies there."""

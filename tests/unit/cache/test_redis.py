@@ -127,6 +127,30 @@ def test_a_write_replaces_whatever_lies_there(
     assert tier.read_blob(DIGEST) == BLOB
 
 
+@pytest.mark.parametrize("kind", ["manifest", "blob"])
+def test_what_is_written_while_it_is_looked_for_is_no_damage(
+    redis_server: RedisServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A reader that took it for an empty value would set it aside, and a fleet compile it again.
+    """
+    reader, writer = (RedisCache(redis_server.url, prefix=str(tmp_path)) for _ in range(2))
+    reader.prepare()
+    getrange = reader._client.getrange
+
+    def be_overtaken(*args: Any) -> bytes:
+        data: bytes = getrange(*args)
+        writer.write_manifest(KEY, MANIFEST)
+        writer.write_blob(DIGEST, BLOB)
+        return data
+
+    monkeypatch.setattr(reader._client, "getrange", be_overtaken)
+    if kind == "manifest":
+        assert reader.read_manifest(KEY) == MANIFEST
+    else:
+        assert reader.read_blob(DIGEST) == BLOB
+
+
 def uses(tier: RedisCache) -> dict[str, float]:
     return {entry.name: entry.used_s for entry in tier.entries()}
 
