@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.assembly import Assembly
+from precast.compilers.verify import TOLERANCES
 from precast.config import SETTINGS, CompilationConfig
 from precast.errors import REASON_CODES
 from precast.graph.key import HashComputer
@@ -58,6 +59,14 @@ def test_every_field_of_an_assembly_is_explained() -> None:
     section = (DOCS / "format.md").read_text().partition("## Assembly")[2]
     written = Assembly(**dict.fromkeys(Assembly.__slots__)).to_json()
     assert sorted(first_cells(section)) == sorted(written)
+
+
+def test_tolerances_are_the_stated_ones() -> None:
+    rows = re.findall(
+        r"^\| (`.+`) \| (\S+) \|$", (DOCS / "verification.md").read_text(), re.MULTILINE
+    )
+    stated = {name: float(value) for names, value in rows for name in re.findall(r"`(.+?)`", names)}
+    assert stated == TOLERANCES
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ PUBLIC_NAMES = [
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
+    "SplitByCompute",
+    "SplitByMemory",
     "compile",
     "release",
     "save_bundle",

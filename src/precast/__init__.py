@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from precast.monitoring.counter import CompilationCounter
     from precast.split.at_layers import SplitAtLayers
     from precast.split.at_ops import SplitAtOps
+    from precast.split.by_compute import SplitByCompute
+    from precast.split.by_memory import SplitByMemory
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,8 @@ __all__ = [
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
+    "SplitByCompute",
+    "SplitByMemory",
     "compile",
     "release",
     "save_bundle",
@@ -36,6 +40,8 @@ _HOME = {
     "PrecastError": "precast.errors",
     "SplitAtLayers": "precast.split.at_layers",
     "SplitAtOps": "precast.split.at_ops",
+    "SplitByCompute": "precast.split.by_compute",
+    "SplitByMemory": "precast.split.by_memory",
     "compile": "precast.api",
     "release": "precast.api",
     "save_bundle": "precast.api",

@@ -151,7 +151,7 @@ def save_bundle(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Write what a warm start of a compiled model needs into one file.
 
     Each kind of call that the model has served so far is in it. Elsewhere it is read where it
-    lies, with the setting `bundle`, or copied into a cache by `precast.cache.bundle.load_bundle`.
+    lies, with the setting `bundle`, or copied into a cache by `precast bundle load`.
     It is signed where `signing_key` is set; without, readers need `allow_unsigned`.
 
     Returns:

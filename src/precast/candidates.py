@@ -14,7 +14,6 @@ from precast.assembly import Assembly, LoadedAssembly, open_assembly
 from precast.cache.trust import is_unsigned
 from precast.errors import ArtifactError, Reason, in_words
 from precast.events import AssemblyRejected
-from precast.manager import eager_call
 from precast.runtime.slot import Slot, SlotTable
 from precast.session import Session
 
@@ -100,13 +99,8 @@ class Candidates:
         assembly = Assembly.from_json(manifest)
         calls = []
         for record in assembly.pieces:
-            if "eager" in record:
-                if not self._session.manager.stays_eager(record):
-                    return "a piece of it failed, and may be tried again now"
-                from precast.graph.piece import Piece
-
-                calls.append(eager_call(Piece.from_json(record["eager"])))
-                continue
+            if not self._session.manager.still_stands(record):
+                return "a piece of it failed, and may be tried again now"
             call = self._session.manager.load(
                 record, name=self._session.name, unsigned=is_unsigned(manifest)
             )
@@ -123,10 +117,15 @@ class Candidates:
         return open_assembly(assembly, key, slots, function)
 
     def _slot_of_record(self, name: str, record: Mapping[str, Any]) -> Slot:
+        reason = self._session.manager.reason_of(record)
         if "eager" in record:
-            return Slot(name, compiler="eager", reason=self._session.manager.reason_of(record))
+            return Slot(name, compiler="eager", reason=reason)
         return Slot(
-            name, compiler=record["compiler"], tier="cache", seconds_saved=record["seconds"]
+            name,
+            compiler=record["compiler"],
+            tier="cache",
+            reason=reason,
+            seconds_saved=record["seconds"],
         )
 
 

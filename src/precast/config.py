@@ -95,7 +95,7 @@ SETTINGS: dict[str, Setting] = {
     "signing_key": Setting(
         wanted="the path of a private key, or None",
         accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
-        remedy="Make one: openssl genpkey -algorithm ed25519 -out FILE",
+        remedy="Make one: precast keys generate FILE",
     ),
     "trusted_keys": Setting(
         wanted="public keys or paths of them, as a tuple or separated by commas",

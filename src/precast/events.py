@@ -6,10 +6,14 @@ log, count or print: `monitoring/` does, and so may any listener of the user's. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from precast.errors import Reason
 from precast.values import Value
+
+TYPE_CHECKING = False  # As in `values.py`: `typing` itself is too dear to import here.
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Event(Value):
@@ -83,6 +87,34 @@ class FailureRemembered(Event):
     reason: Reason
 
 
+class PieceSplit(Event):
+    """A piece that outgrew a limit of its own was compiled in `parts` smaller ones."""
+
+    piece: str
+    key: str
+    parts: int
+    reason: Reason
+
+
+class JobFinished(Event):
+    """A job of a compile worker came to its end; `code` is why, None where a compiler did it.
+
+    `seconds` are by the clock, `cpu_seconds` those of the worker and its children; `peak_bytes` is
+    the most they held together, sampled; `written_bytes` what they handed to `write` calls. None:
+    not known on this machine. `attempts`: a worker that died is replaced once.
+    """
+
+    piece: str
+    key: str
+    compiler: str | None
+    code: str | None
+    seconds: float
+    cpu_seconds: float | None
+    peak_bytes: int | None
+    written_bytes: int | None
+    attempts: int
+
+
 class PieceVerified(Event):
     """A new artifact was found to compute what the eager piece computes."""
 
@@ -126,6 +158,26 @@ class CacheMiss(Event):
 
     key: str
     cause: str
+
+
+class PieceMissed(Event):
+    """A piece was found under none of its keys; `parts` are those of the key it will have."""
+
+    piece: str
+    key: str
+    parts: Mapping[str, Any]
+
+
+class AssemblyMissed(Event):
+    """No stored assembly serves a call of a model; `parts` are those of the key looked under.
+
+    `problem` says why the last one under that key does not serve, None: there was none.
+    """
+
+    model: str
+    key: str
+    parts: Mapping[str, Any]
+    problem: str | None
 
 
 class TierFailed(Event):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from precast.events import (
     PieceCompiled,
     PieceFailed,
     PieceLoaded,
+    PieceMissed,
+    PieceSplit,
     PieceVerified,
     VerifyMismatched,
 )
@@ -57,16 +60,32 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 
 ResultT = TypeVar("ResultT")
+#: A piece that is too large is cut in two, and each part again, up to so many.
+MAX_PARTS = 8
+# What took too long, or died, is cut only where it is long: else it hangs rather than works.
+_LONG_STATEMENTS = 32
 
 
 class PieceResult:
     """What became of one unique piece.
 
     `call` runs it. `record` is what an assembly keeps to load it again, None where nothing
-    can be kept (compiled in process). `reason` says why it is not compiled, where it is not.
+    can be kept (compiled in process). `reason` says why it is not compiled, where it is not, or
+    why it was compiled in `num_parts`.
     """
 
-    __slots__ = ("call", "compiler", "from_cache", "key", "ranges", "reason", "record", "seconds")
+    __slots__ = (
+        "call",
+        "compiler",
+        "from_cache",
+        "key",
+        "num_eager_parts",
+        "num_parts",
+        "ranges",
+        "reason",
+        "record",
+        "seconds",
+    )
 
     def __init__(
         self,
@@ -79,7 +98,11 @@ class PieceResult:
         from_cache: bool = False,
         reason: Reason | None = None,
         ranges: Mapping[str, Sequence[int | None]] | None = None,
+        num_parts: int = 1,
+        num_eager_parts: int = 0,
     ) -> None:
+        self.num_parts = num_parts
+        self.num_eager_parts = num_eager_parts
         self.call = call
         self.key = key
         self.compiler = compiler
@@ -195,6 +218,19 @@ class CompilerManager:
         Raises:
             PrecastError: The files are sound and yet cannot be loaded here.
         """
+        if "eager" in record:
+            from precast.graph.piece import Piece
+
+            return eager_call(Piece.from_json(record["eager"]))
+        if record.get("kind") == "parts":
+            from precast.parts import join
+
+            unsigned = unsigned or is_unsigned(record)
+            calls = [
+                self.load(part, name=name, unsigned=unsigned)
+                for part in record["details"]["records"]
+            ]
+            return None if None in calls else join(record["details"], calls)
         started = self._clock()
         compiler = self.make_compiler(record["compiler"])
         if (unsigned or is_unsigned(record)) and getattr(compiler, "unpickles", True):
@@ -239,6 +275,7 @@ class CompilerManager:
                     seconds=record["seconds"],
                     from_cache=True,
                     ranges=record["details"].get("ranges"),
+                    num_parts=record["details"].get("num_parts", 1),
                 )
         return None
 
@@ -252,14 +289,25 @@ class CompilerManager:
                 "files": manifest["files"],
                 "seconds": manifest["seconds"],
             }
+            if manifest["kind"] == "parts":
+                record |= {"kind": "parts", "reason": manifest["reason"]}
             return {**record, "unsigned": True} if is_unsigned(manifest) else record
         except KeyError:
             return None  # Another format: a miss.
 
-    def compile(self, pieces: Sequence[Piece], names: Sequence[str]) -> list[PieceResult]:
+    def compile(
+        self,
+        pieces: Sequence[Piece],
+        names: Sequence[str],
+        *,
+        max_parts: int = MAX_PARTS,
+        may_wait: bool = True,
+    ) -> list[PieceResult]:
         """Return what became of every piece, in order: from the cache, compiled, or eager.
 
-        Never raises for a piece: one that cannot be compiled stays eager, with the reason.
+        Never raises for a piece: one that cannot be compiled stays eager, with the reason. One
+        that outgrows its limits is compiled in at most `max_parts`. With `may_wait` unset it is
+        compiled here even while another process does.
         """
         results: list[PieceResult | None] = [
             self._eager(piece, None)
@@ -268,6 +316,8 @@ class CompilerManager:
             for piece, name in zip(pieces, names, strict=True)
         ]
         missing = [i for i, result in enumerate(results) if result is None]
+        for i in missing:
+            self._report_missed(pieces[i], names[i])
         if missing and self._config.mode == "cache_only":
             reason = Reason(
                 "cache-disabled" if self._config.disable_compile_cache else "not-recorded",
@@ -277,8 +327,16 @@ class CompilerManager:
             for i in missing:
                 results[i] = self._eager(pieces[i], reason)
         elif missing:
-            self._compile_missing(pieces, names, missing, results)
+            self._compile_missing(pieces, names, missing, results, max_parts, may_wait)
         return [result for result in results if result is not None]
+
+    def _report_missed(self, piece: Piece, name: str) -> None:
+        for compiler_name in self.compiler_names():
+            compiler = self.make_compiler(compiler_name)
+            if compiler.is_saveable:  # Of the others nothing is ever stored.
+                key = self.compute_hash_keys(piece, compiler)
+                self._emit(PieceMissed(name, key.digest, key.parts))
+                return
 
     def _compile_missing(
         self,
@@ -286,6 +344,8 @@ class CompilerManager:
         names: Sequence[str],
         missing: Sequence[int],
         results: list[PieceResult | None],
+        max_parts: int,
+        may_wait: bool,
     ) -> None:
         in_process = [
             name for name in self.compiler_names() if not self.make_compiler(name).is_saveable
@@ -303,7 +363,9 @@ class CompilerManager:
         from precast.cache.scratch import OwnFolder
 
         with OwnFolder("compile") as folder, self._storage.open_leases() as leases:
-            self._compile_or_wait(pieces, names, missing, results, leases, folder.path)
+            self._compile_or_wait(
+                pieces, names, missing, results, leases, folder.path, max_parts, may_wait
+            )
 
     def _compile_or_wait(
         self,
@@ -313,6 +375,8 @@ class CompilerManager:
         results: list[PieceResult | None],
         leases: Leases,
         folder: str,
+        max_parts: int,
+        may_wait: bool,
     ) -> None:
         """Compile the pieces whose leases are free, and meanwhile wait for those of others.
 
@@ -335,7 +399,7 @@ class CompilerManager:
                 is_ours = leases.try_acquire(work)
                 # Another one may have published it after we looked and before the lease was ours.
                 results[i] = self._look_again(pieces[i], names[i], work)
-                is_in_vain = self._is_refused(pieces[i]) or self._is_late(started)
+                is_in_vain = not may_wait or self._is_refused(pieces[i]) or self._is_late(started)
                 if results[i] is None and not is_ours and not is_in_vain:
                     continue
                 del waiting[i]
@@ -352,7 +416,9 @@ class CompilerManager:
                 limit = pause if waiting else None
                 for future in wait(running, timeout=limit, return_when=FIRST_COMPLETED).done:
                     i, work = running.pop(future)
-                    results[i] = self._finish(pieces[i], names[i], future, service, leases, work)
+                    results[i] = self._finish(
+                        pieces[i], names[i], future, service, leases, work, max_parts
+                    )
                     leases.release(work)
             elif waiting:
                 time.sleep(pause)
@@ -463,21 +529,27 @@ class CompilerManager:
         if self._loader.peek(failure_key(work)) is not None:
             self._storage.discard(failure_key(work))
 
-    def stays_eager(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record of a piece that was not compiled still says how it should run.
+    def still_stands(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record still says how its piece should run.
 
-        It does where the piece was meant to run eager, and where its failure still holds.
+        It does not where it, or a part of it, runs eager for a failure that holds no more.
         """
-        return record["reason"] is None or (
-            isinstance(record.get("failure"), dict) and self._holds(record["failure"])
+        if record.get("kind") == "parts":
+            return all(map(self.still_stands, record["details"]["records"]))
+        return (
+            "eager" not in record
+            or record["reason"] is None
+            or (isinstance(record.get("failure"), dict) and self._holds(record["failure"]))
         )
 
     def reason_of(self, record: Mapping[str, Any]) -> Reason | None:
-        """Return why the piece of such a record runs eager."""
+        """Return why the piece of a record runs eager, or in parts; None: it does not."""
         from precast.cache.failures import as_remembered
 
-        if record["reason"] is None:
+        if record.get("reason") is None:
             return None
+        if "eager" not in record:
+            return Reason(**record["reason"])
         return as_remembered(record["failure"], self._config.failure_memory)
 
     def _holds(self, failure: Mapping[str, Any]) -> bool:
@@ -530,6 +602,7 @@ class CompilerManager:
         service: JobRunner,
         leases: Leases,
         work: str,
+        max_parts: int,
     ) -> PieceResult:
         """Take one worker's answer: save and load what it made, or say why it made nothing."""
         from concurrent.futures import CancelledError
@@ -539,7 +612,8 @@ class CompilerManager:
         except (CompileError, CancelledError) as error:
             if self._service is not service or isinstance(error, CancelledError):
                 return self._failed(piece, name, _CLOSED)  # By us: it says nothing of the piece.
-            return self._failed(piece, name, error.reason, work)
+            is_killed = getattr(error, "signal", None) == signal.SIGKILL
+            return self._too_large(piece, name, error.reason, work, max_parts, is_killed=is_killed)
         for failure in done.failures:
             reason = Reason(failure.code, f"{failure.compiler}: {failure.message}", _REMEDY)
             if failure.code == "verify-mismatch":
@@ -547,15 +621,28 @@ class CompilerManager:
             elif done.compiler is not None:
                 self._emit(PieceFailed(name, "", failure.compiler, reason))
         if done.compiler is None:
-            last = done.failures[-1]
+            last = next(
+                (failure for failure in done.failures if failure.code == "compile-memory"),
+                done.failures[-1],
+            )
             reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
             codes = [failure.code for failure in done.failures]
-            return self._failed(piece, name, reason, work, codes)
+            return self._too_large(piece, name, reason, work, max_parts, codes)
         if not leases.still_holds(work):
             # We were slow or cut off, and another process may have done it in our place.
             found = self.find(piece, name)
             if found is not None:
                 return found
+        try:
+            return self._keep_compiled(piece, name, done, work)
+        except (PrecastError, OSError) as error:
+            # Its files are not there, or not loadable here.
+            problem = CompileError(name, done.compiler, f"{type(error).__name__}: {error}")
+            reason = error.reason if isinstance(error, PrecastError) else problem.reason
+            return self._failed(piece, name, reason, work)
+
+    def _keep_compiled(self, piece: Piece, name: str, done: JobResult, work: str) -> PieceResult:
+        assert done.compiler is not None
         # The worker knows a compiler that was given as an object by its class.
         setting = self._config.compiler
         compiler_name = done.compiler if isinstance(setting, str) else self.compiler_names()[0]
@@ -583,14 +670,11 @@ class CompilerManager:
         if done.verify:
             self._emit(PieceVerified(name, key.digest, done.verify.get("max_abs_error", 0.0)))
         record = self._record(key.digest, payload)
-        try:
-            call = self.load(record, name=name) if record is not None else None
-            if call is None:
-                # No tier could keep it (a full disk, say): open it where the worker left it.
-                call = compiler.load(done.details, self._keep(done.files), None)
-                record = None
-        except PrecastError as error:
-            return self._failed(piece, name, error.reason, work)
+        call = self.load(record, name=name) if record is not None else None
+        if call is None:
+            # No tier could keep it (a full disk, say): open it where the worker left it.
+            call = compiler.load(done.details, self._keep(done.files), None)
+            record = None
         return PieceResult(
             call=call,
             key=key.digest,
@@ -599,6 +683,120 @@ class CompilerManager:
             seconds=done.seconds,
             ranges=done.details.get("ranges"),
         )
+
+    def _too_large(
+        self,
+        piece: Piece,
+        name: str,
+        reason: Reason,
+        work: str,
+        max_parts: int,
+        codes: Sequence[str] = (),
+        *,
+        is_killed: bool = False,
+    ) -> PieceResult:
+        """Compile a failed piece in smaller parts, where that can help; else it stays eager."""
+        if reason.code == "compile-timeout" or is_killed:
+            # Each part may take as long again: once, and no more.
+            is_long = piece.text.count("\n    v") >= _LONG_STATEMENTS
+            max_parts = min(max_parts, 2) if is_long else 1
+        elif reason.code != "compile-memory":
+            max_parts = 1
+        result = self._in_parts(piece, name, reason, max_parts) if max_parts > 1 else None
+        if result is None:
+            return self._failed(piece, name, reason, work, codes)
+        self._forget_failure(work)
+        return result
+
+    def _in_parts(
+        self, piece: Piece, name: str, reason: Reason, max_parts: int
+    ) -> PieceResult | None:
+        """Return a piece as several that are compiled each for itself; None: it does not help."""
+        from precast.graph.piece import Piece as PieceValue
+        from precast.parts import join
+
+        cut = self._cut(piece, name)
+        if cut is None:
+            return None
+        slots = [number for number in cut["slots"] if number is not None]
+        if len(slots) > max_parts:
+            return None
+        parts = [PieceValue.from_json(part) for part in cut.pop("pieces")]
+        names = [f"{name}, part {number + 1}" for number in range(len(parts))]
+        # Nobody is waited for: we hold the lease of the whole, and two that wait for parts which
+        # the other one holds would wait for long.
+        results = self.compile(parts, names, max_parts=max_parts // len(slots), may_wait=False)
+        compiled = [result for result in results if result.compiler != "eager"]
+        if not compiled:
+            return None
+        # Equal halves are one piece, which is compiled once and called twice.
+        num_parts = sum(results[number].num_parts for number in slots)
+        ranges = dict(cut.get("ranges", {}))
+        for number, symbols in cut["symbols"]:
+            for symbol, bounds in results[number].ranges.items():
+                ranges[symbols[symbol]] = _both(ranges.get(symbols[symbol]), bounds)
+        num_eager = sum(results[number].num_eager_parts for number in slots)
+        message = f"compiled in {num_parts} parts" + (f", {num_eager} eager" if num_eager else "")
+        reason = Reason(reason.code, f"{message}: {reason.message}", reason.remedy)
+        compiler = compiled[0].compiler
+        key = self.compute_hash_keys(piece, self.make_compiler(compiler))
+        seconds = sum(result.seconds for result in results)
+        details = {
+            "ranges": ranges,
+            "slots": cut["slots"],
+            "execution": cut["execution"],
+            "num_parts": num_parts,
+            "records": [result.record for result in results],
+        }
+        content: dict[str, Any] = {
+            "kind": "parts",
+            "compiler": compiler,
+            "details": details,
+            "seconds": seconds,
+            "reason": reason.as_dict(),
+        }
+        record: dict[str, Any] | None = None
+        if all(result.record is not None for result in results):
+            if any(is_unsigned(result.record) for result in results if result.record):
+                content["unsigned"] = True  # Nobody vouches for the whole either.
+            record = {"key": key.digest, "files": {}, **content}
+            if not num_eager:
+                # Whoever has this piece next need not find out anew that it is too large.
+                content |= {"parts": key.parts, "piece": piece.to_json(), "verification": None}
+                self._storage.publish(key.digest, content, {})
+        self._emit(PieceSplit(name, key.digest, num_parts, reason))
+        return PieceResult(
+            call=join(details, [result.call for result in results]),
+            key=key.digest,
+            compiler=compiler,
+            record=record,
+            seconds=seconds,
+            reason=reason,
+            ranges=ranges,
+            num_parts=num_parts,
+            num_eager_parts=num_eager,
+        )
+
+    def _cut(self, piece: Piece, name: str) -> dict[str, Any] | None:
+        """Have a worker cut a piece in two; None where it cannot be."""
+        from precast.cache.scratch import OwnFolder
+        from precast.compilers.job import CompileJob
+        from precast.parts import CUTTER
+
+        with OwnFolder("cut") as folder:
+            job = CompileJob(
+                piece=piece.to_json(),
+                name=name,
+                directory=str(Path(folder.path) / "cut"),
+                compilers=(CUTTER,),
+                verify=False,  # Each part is; the whole may not fit.
+                is_reported=False,
+            )
+            try:
+                done = self._ensure_service().submit(job).result()
+            except CompileError:
+                return None
+        return None if done.compiler is None else dict(done.details)
 
     def _keep(self, files: Mapping[str, str]) -> dict[str, str]:
         """Copy files that no tier took to a folder that lives as long as this process."""
@@ -664,6 +862,7 @@ class CompilerManager:
                 "failure": failure,
             },
             reason=reason,
+            num_eager_parts=1,
         )
 
     def save(self, key: str, payload: Mapping[str, Any]) -> None:
@@ -680,6 +879,14 @@ def _pickle_reason(compiler: str) -> Reason:
         "Have it signed by a trusted key (`signing_key` where it is published); "
         "`allow_unsigned` does not admit it",
     )
+
+
+def _both(one: Sequence[int | None] | None, other: Sequence[int | None]) -> list[int | None]:
+    """Return the range that two ranges have in common; None: no bound."""
+    if one is None:
+        return list(other)
+    highs = [high for high in (one[1], other[1]) if high is not None]
+    return [max(one[0] or 0, other[0] or 0), min(highs, default=None)]
 
 
 class _PathOf:

@@ -33,6 +33,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "splitters": {
         "ops": "precast.split.at_ops:SplitAtOps",
         "layers": "precast.split.at_layers:SplitAtLayers",
+        "memory": "precast.split.by_memory:SplitByMemory",
+        "compute": "precast.split.by_compute:SplitByCompute",
     },
     "stores": {
         "memory": "precast.cache.memory:MemoryCache",

@@ -22,6 +22,7 @@ from precast.candidates import Candidates
 from precast.capture.fingerprint import call_signature, example_shapes, model_fingerprint
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import (
+    AssemblyMissed,
     AssemblyPublished,
     AssemblyRejected,
     CallOutsideContract,
@@ -257,11 +258,14 @@ class CompiledModel:
     ) -> LoadedAssembly | None:
         """Find a stored assembly for this call."""
         known = {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
+        problem = None
         for loaded in self._candidates.sound(key, known, self.function):
-            if loaded.why_not(args, kwargs) is not None:
+            problem = loaded.why_not(args, kwargs)
+            if problem is not None:
                 continue
             bound = loaded.bind(self.function, self.owner)
             if isinstance(bound, Reason):
+                problem = bound.message
                 self.session.emit(AssemblyRejected(self.session.name, loaded.key, bound))
                 continue
             loaded.bound = bound
@@ -271,6 +275,9 @@ class CompiledModel:
                 continue
             self._install(loaded, started, None)
             return loaded
+        self.session.emit(
+            AssemblyMissed(self.session.name, key, self.session.key_parts(key), problem)
+        )
         return None
 
     def _throw_away(self, loaded: LoadedAssembly) -> None:
@@ -352,7 +359,8 @@ class CompiledModel:
         if storable is None:
             self._note_unkept(key, Reason("compile-failed", "a piece cannot be kept", "nothing"))
         else:
-            session.manager.save(slot_key, storable)
+            labels = {"model": session.name, "parts": session.key_parts(key)}
+            session.manager.save(slot_key, {**storable, **labels})
             session.emit(AssemblyPublished(session.name, slot_key, len(str(storable))))
         self._install(loaded, started, built)
         problem = loaded.why_not(args, kwargs)

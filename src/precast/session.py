@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from precast.cache import CacheLoader, CacheStorage, open_cache
+from precast.cache import CacheLoader, CacheStorage, DiskCache, open_cache
+from precast.cache.disk import BUCKET
 from precast.cache.trust import NO_KEYS, Trust, open_trust
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
-from precast.graph.key import HashComputer, toolchain_parts
+from precast.graph.key import HashComputer, explain_misses, toolchain_parts
 from precast.manager import CompilerManager, check_compiler
 from precast.monitoring.log import LogListener
+from precast.monitoring.stats import StatsListener
 
 if TYPE_CHECKING:
     from precast.background.service import CompileService
     from precast.cache.interface import CacheInterface
+
+# After a cold start, which took many seconds, or in place of one in mode "cache_only".
+_EXPLAIN_BUDGET_S = 0.1
 
 
 class Session:
@@ -37,15 +43,14 @@ class Session:
         self.origins = dict(origins)
         self.is_disabled = is_disabled
         log = LogListener()
-        self._listeners = Listeners((log, *listeners), on_failure=log.note_failed_listener)
+        built_in: list[Callable[[Event], None]] = [log]
         if config.progress is not False and not is_disabled:
             from precast.monitoring.progress import ProgressListener
 
-            self._listeners = Listeners(
-                (log, ProgressListener(is_enabled=config.progress), *listeners),
-                on_failure=log.note_failed_listener,
-            )
-        self.emit = self._listeners
+            built_in.append(ProgressListener(is_enabled=config.progress))
+        if not config.disable_compile_cache and not is_disabled:
+            built_in.append(self._make_stats())
+        self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)
         self.loader: CacheLoader
         self.storage: CacheStorage
         self.loader, self.storage = open_cache(
@@ -63,6 +68,19 @@ class Session:
             config, self.loader, self.storage, self.emit, self._make_service
         )
         self._hashers: dict[str, HashComputer] = {}
+        self._key_parts: dict[str, dict[str, Any]] = {}
+
+    def _make_stats(self) -> StatsListener:
+        """Return what keeps statistics beside the disk tier, for `precast stats`."""
+        cache_dir = self.config.cache_path()
+
+        def explain(misses: list[dict[str, Any]]) -> None:
+            from precast.cache.catalog import stored_parts
+
+            tier = DiskCache(cache_dir)
+            explain_misses(misses, stored_parts(tier, time.perf_counter, _EXPLAIN_BUDGET_S))
+
+        return StatsListener(str(cache_dir / BUCKET / "stats"), explain)
 
     @staticmethod
     def for_block(whole: Session, name: str) -> Session:
@@ -77,7 +95,13 @@ class Session:
         if device not in self._hashers:
             self._hashers[device] = HashComputer(device)
         settings = _plain_settings(self.config.key_settings())
-        return self._hashers[device].assembly_key(fingerprint, signature, settings).digest
+        key = self._hashers[device].assembly_key(fingerprint, signature, settings)
+        self._key_parts[key.digest] = key.parts
+        return key.digest
+
+    def key_parts(self, key: str) -> dict[str, Any]:
+        """Return what a key that `assembly_key` returned was made from."""
+        return self._key_parts[key]
 
     def _worker_environment(self) -> dict[str, str]:
         # Inductor writes a loop for the number of threads that its process has.
@@ -98,6 +122,7 @@ class Session:
             emit=self.emit,
             clock=time.perf_counter,
             environment=self._worker_environment(),
+            devices=_gpus(),
         )
 
     def close(self) -> None:
@@ -140,6 +165,21 @@ def _open_bundles(config: CompilationConfig) -> list[CacheInterface]:
     from precast.cache.bundle import BundleCache
 
     return [BundleCache(path, parts_of=toolchain_parts) for path in paths]
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that compile jobs spread over: those like the one in use."""
+    from precast.background.limits import gpu_names
+
+    if not torch.cuda.is_initialized():
+        return []
+    kind = torch.cuda.get_device_capability()
+    alike = [
+        number
+        for number in range(torch.cuda.device_count())
+        if torch.cuda.get_device_capability(number) == kind
+    ]
+    return gpu_names(alike, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:

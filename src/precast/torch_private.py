@@ -51,6 +51,50 @@ def make_fake_mode(
     return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True), symbols
 
 
+def record_values(graph_module: Any, fake_mode: Any, inputs: Sequence[Any]) -> None:
+    """Run a graph on fake inputs; note each node's value as `example_value`, as Dynamo does."""
+    # torch:    2.11 to 2.13
+    # replaces: `torch.fx.passes.shape_prop`, which keeps shapes but no aliasing
+    # upstream: the Python dispatcher, which keeps open sizes open, has no public name
+    # goes:     when the dispatcher does, or fake mode switches it on by itself
+    import torch
+    from torch._dispatch.python import enable_python_dispatcher
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            result = super().run_node(n)
+            if n.op != "output":
+                n.meta["example_value"] = result
+            return result
+
+    with fake_mode, torch.no_grad(), enable_python_dispatcher():
+        Recorder(graph_module).run(*inputs)
+
+
+def count_flops(run: Callable[[], Any]) -> int | None:
+    """Return the FLOPs that torch counts while tensors made by `run` are fake; None: it failed."""
+    # torch:    2.11 to 2.13
+    # replaces: `FlopCounterMode` over real tensors; it counts the attention of GPUs only
+    # upstream: FakeTensorMode is private
+    # goes:     when fake tensors are public
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        batch, heads, rows, width = query
+        return int(2 * batch * heads * rows * key[-2] * (width + value[-1]))
+
+    mapping: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
+        try:
+            run()
+        except Exception:  # noqa: BLE001 - a count is not worth a failure.
+            return None
+    return int(counter.get_total_flops())
+
+
 # ---------------------------------------------------------------------------
 # Capture (Dynamo)
 

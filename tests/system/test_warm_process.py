@@ -27,10 +27,11 @@ print(*[name for name in sys.modules
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return all files but those of statistics, which each start adds a line to."""
     return {
         str(path): (path.stat().st_mtime_ns, path.stat().st_size)
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.parent.name != "stats"
     }
 
 

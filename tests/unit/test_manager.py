@@ -26,6 +26,7 @@ from precast.events import (
     PieceCompiled,
     PieceFailed,
     PieceLoaded,
+    PieceMissed,
     TierFailed,
 )
 from precast.graph.piece import Piece
@@ -154,7 +155,19 @@ def test_a_piece_is_compiled_once_and_found_from_then_on(tmp_path: Path) -> None
     assert again.seconds == 2.0
     assert again.call(X)[0].sum() == 12
     assert warm.service.jobs == []
-    assert warm.kinds(PieceLoaded, PieceCompiled) == ["PieceLoaded"]
+    assert warm.kinds(PieceLoaded, PieceCompiled, PieceMissed) == ["PieceLoaded"]
+
+
+def test_a_miss_is_told_once_a_piece_with_the_parts_of_its_key(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), mode="cache_only")
+    setup.manager.compile([TINY], ["tiny"])
+    [missed] = [event for event in setup.events if isinstance(event, PieceMissed)]
+    key = setup.manager.compute_hash_keys(TINY, setup.manager.make_compiler())
+    assert missed == PieceMissed("tiny", key.digest, key.parts)
+
+    kept_nowhere = Setup(tmp_path, Planted(is_saveable=False))
+    kept_nowhere.manager.compile([TINY], ["tiny"])
+    assert kept_nowhere.kinds(PieceMissed) == []
 
 
 def test_a_record_is_enough_to_load_a_piece(tmp_path: Path) -> None:
@@ -439,7 +452,7 @@ def test_a_compile_that_was_called_off_says_nothing_of_the_piece(tmp_path: Path)
     [result] = setup.manager.compile([TINY], ["tiny"])
     assert result.compiler == "eager"
     assert result.record is not None
-    assert not setup.manager.stays_eager(result.record)
+    assert not setup.manager.still_stands(result.record)
     assert len(try_again(tmp_path).service.jobs) == 1
 
 
@@ -450,14 +463,14 @@ def test_a_record_of_a_failed_piece_counts_as_long_as_the_failure(tmp_path: Path
     setup = Setup(tmp_path, Planted(), TIMEOUT)
     [result] = setup.manager.compile([TINY], ["tiny"])
     assert result.record is not None
-    assert setup.manager.stays_eager(result.record)
+    assert setup.manager.still_stands(result.record)
     reason = setup.manager.reason_of(result.record)
     assert reason is not None
     assert "remembered from" in reason.message
     setup.now_s += 86401
-    assert not setup.manager.stays_eager(result.record)
-    assert not setup.manager.stays_eager({**result.record, "failure": None})
-    assert setup.manager.stays_eager({**result.record, "reason": None, "failure": None})
+    assert not setup.manager.still_stands(result.record)
+    assert not setup.manager.still_stands({**result.record, "failure": None})
+    assert setup.manager.still_stands({**result.record, "reason": None, "failure": None})
 
 
 def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
@@ -471,7 +484,7 @@ def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
         {**failure, "reason": {"code": "nonsense", "message": "", "remedy": ""}},
         {**failure, "reason": None},
     ):
-        assert not setup.manager.stays_eager({**result.record, "failure": bad})
+        assert not setup.manager.still_stands({**result.record, "failure": bad})
 
 
 # -- one compile for all
@@ -650,3 +663,29 @@ def test_nobody_waits_for_what_may_not_be_used(tmp_path: Path, trust: Trust) -> 
     assert len(second.service.jobs) == 1
     assert result.call(X)[0].sum() == 12
     assert outcomes(second) == []
+
+
+def test_who_holds_the_lease_of_a_whole_waits_for_no_part(tmp_path: Path) -> None:
+    """
+    Two that wait for parts which the other one holds would wait until they give up.
+    """
+    setup = slow_setup(tmp_path, 0.0)
+    leases = DiskCache(tmp_path).leases
+    assert leases is not None
+    assert leases.try_acquire(setup.manager._work_name(TINY), "other", 600.0)
+    [result] = setup.manager.compile([TINY], ["tiny"], may_wait=False)
+    leases.release(setup.manager._work_name(TINY), "other")
+    assert result.call(X)[0].sum() == 12
+    assert len(setup.service.jobs) == 1
+    assert outcomes(setup) == []
+
+
+def test_a_record_in_parts_stands_as_long_as_each_part_does(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), refusal("compile-failed"))
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    sound = {"key": "k", "compiler": "planted", "details": {}, "files": {}}
+    whole = {"kind": "parts", "details": {"records": [sound, result.record]}}
+    assert setup.manager.still_stands(whole)
+    setup.now_s += 2 * 86400.0
+    assert not setup.manager.still_stands(whole)
+    assert setup.manager.still_stands({"kind": "parts", "details": {"records": [sound]}})

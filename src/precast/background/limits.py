@@ -1,15 +1,19 @@
-"""What a compile worker may take from the machine. Called by the worker, on itself."""
+"""What a compile worker may take from the machine. Mostly called by the worker, on itself."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+_PARENT_IS_GONE = signal.SIGUSR1
 
 
 def lower_priority(nice: int = 5) -> None:
@@ -18,6 +22,19 @@ def lower_priority(nice: int = 5) -> None:
     Not lower: at 19 a worker starves on a machine that is busy with two cores.
     """
     os.nice(nice)
+
+
+def gpu_names(numbers: Sequence[int], visible: str | None) -> list[str]:
+    """Return GPUs, numbered as this process sees them, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        numbers: Of the GPUs. One alone needs no choice, and gives no names.
+        visible: The variable as this process has it: names in order, or None for all.
+    """
+    if len(numbers) < 2:
+        return []
+    names = visible.split(",") if visible else None
+    return [str(number) if names is None else names[number].strip() for number in numbers]
 
 
 def limit_memory(num_bytes: int | None) -> None:
@@ -33,32 +50,44 @@ def limit_memory(num_bytes: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
-def peak_bytes() -> int | None:
-    """Return the most memory that this process or one of its children has held so far."""
-    if sys.platform == "win32":
-        return None
-    import resource
+def die_with_parent(parent: int, folder: str | None = None) -> None:
+    """End this process, its group and its children when the parent with this process id is gone.
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
+    A thread waits for the kernel's word, on Linux, and looks once a second anyway. So it must be
+    called before there are other threads: these inherit the mask of signals.
 
-
-def die_with_parent(parent: int) -> None:
-    """End this process, and its group, when the parent with this process id is gone.
-
-    The kernel does it at once on Linux; elsewhere, and for children, a thread looks once a second.
-    The parent must have started this process from a thread that lives as long as it is needed:
-    for Linux a thread's end counts.
+    Args:
+        parent: Its process id.
+        folder: Removed then, with what compilers left there.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    is_told = sys.platform == "linux"
+    if is_told:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [_PARENT_IS_GONE])
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, _PARENT_IS_GONE, 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+            # The kernel speaks of the thread that started us; the process may go on.
+            if is_told:
+                signal.sigtimedwait([_PARENT_IS_GONE], 1.0)
+            else:
+                time.sleep(1.0)
+        from precast.background.usage import processes_of
+
+        for pid in processes_of(os.getpid()) - {os.getpid()}:
+            end_process(pid)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     if os.getppid() != parent:  # It ended before we asked to be told.
         os._exit(1)
     threading.Thread(target=watch, name="precast-parent-watch", daemon=True).start()
+
+
+def end_process(pid: int) -> None:
+    """Kill a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)

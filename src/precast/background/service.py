@@ -1,35 +1,48 @@
 """Runs compile workers: several side by side, each with a deadline, none trusted to end by itself.
 
-The parent owns time. A worker that is late is terminated, then killed, with its whole group (g++
-too); one that died is replaced and its job tried once more. Nothing of what a worker answers is
-unpickled. This module neither imports torch nor knows what is compiled.
+The parent owns time and memory. A worker that is late or too large is ended, with its children
+(g++ too); one that died is replaced and its job tried once more. Nothing of what a worker answers
+is unpickled. This module neither imports torch nor knows what is compiled.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import queue
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
+from precast.background.limits import end_process
+from precast.background.usage import UsageMeter, processes_of
+from precast.cache.scratch import OwnFolder
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
-from precast.errors import CompileCrashedError, CompileError, CompileTimeoutError
-from precast.events import CompileStarted, Emit
+from precast.errors import (
+    CompileCrashedError,
+    CompileError,
+    CompileMemoryError,
+    CompileTimeoutError,
+    PrecastError,
+)
+from precast.events import CompileStarted, Emit, JobFinished
 
 _TERMINATE_S = 1.0  # Between asking a worker to end and making it.
 _START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
 _STDERR_BYTES = 4000
+_SAMPLE_S = 0.2
+_EXIT_S = 0.5  # For killed workers to be gone, at the interpreter's exit.
 
 
 class CompileService:
@@ -43,6 +56,7 @@ class CompileService:
         emit: Emit = lambda _event: None,
         clock: Callable[[], float] = time.monotonic,
         environment: Mapping[str, str] | None = None,
+        devices: Sequence[str] = (),
     ) -> None:
         """Start nothing yet.
 
@@ -50,10 +64,11 @@ class CompileService:
             num_workers: How many pieces are compiled side by side.
             timeout_s: For one piece, all its compilers and a retry together; waiting in the queue
                 does not count.
-            memory_bytes: Of one worker, and of each of its children.
-            emit: Is handed `CompileStarted`, from the service's threads.
+            memory_bytes: Of one worker with all its children.
+            emit: Is handed `CompileStarted` and `JobFinished`, from the service's threads.
             clock: Seconds that only go forward.
             environment: Added to the workers' environment.
+            devices: GPUs as CUDA_VISIBLE_DEVICES names them; each worker sees one, in turn.
         """
         self._num_workers = num_workers
         self._timeout_s = timeout_s
@@ -61,16 +76,30 @@ class CompileService:
         self._emit = emit
         self._clock = clock
         self._environment = dict(environment or {})
+        self._devices = tuple(devices)
+        self._is_closed = threading.Event()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hold no worker: a new service, or one in a process that was forked from another."""
+        self._pid = os.getpid()
         self._jobs: queue.SimpleQueue[tuple[CompileJob, Future[JobResult]] | None]
         self._jobs = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._workers: list[_Worker] = []
         self._idle = 0
         self._waiting = 0
-        self._is_closed = threading.Event()
+
+    def _begin_in_fork(self) -> None:
+        # The workers are the other process's: a pipe that two read from serves neither.
+        if os.getpid() != self._pid:
+            self._begin()
 
     def prestart(self, n: int | None = None) -> None:
         """Start workers now, so that their imports run while the caller does something else."""
+        self._begin_in_fork()
         with self._lock:
             wanted = min(self._num_workers if n is None else n, self._num_workers)
             while len(self._threads) < wanted:
@@ -81,8 +110,10 @@ class CompileService:
 
         Raises (from the future):
             CompileTimeoutError: It was not finished after `timeout_s`.
+            CompileMemoryError: Its worker held more than `memory_bytes`.
             CompileCrashedError: Its worker died twice, whichever compiler was tried.
         """
+        self._begin_in_fork()
         if self._is_closed.is_set():
             raise RuntimeError("the compile service is closed")
         future: Future[JobResult] = Future()
@@ -91,11 +122,17 @@ class CompileService:
             if self._waiting > self._idle and len(self._threads) < self._num_workers:
                 self._add_thread()
         self._jobs.put((job, future))
+        # Last in, first out: workers must be gone before anybody removes the job's folder.
+        atexit.unregister(self._end_at_exit)
+        atexit.register(self._end_at_exit)
         return future
 
     def close(self) -> None:
         """End all workers at once; futures that are not done are cancelled or fail."""
+        self._begin_in_fork()
         self._is_closed.set()
+        atexit.unregister(self._end_at_exit)
+        self._kill_workers()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -114,17 +151,35 @@ class CompileService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _end_at_exit(self) -> None:
+        """Leave no process and no folder behind; the threads are beyond waiting for."""
+        if os.getpid() != self._pid:
+            return
+        self._is_closed.set()
+        for worker in self._kill_workers():
+            worker.remove_folder(_EXIT_S)
+
+    def _kill_workers(self) -> list[_Worker]:
+        # With the lock no thread starts another one; none does once `_is_closed` is set.
+        with self._starting:
+            for worker in self._workers:
+                worker.kill()
+            return list(self._workers)
+
     def _add_thread(self) -> None:
         # The thread lives as long as its worker: for Linux a worker's parent is a thread.
-        thread = threading.Thread(target=self._serve, name="precast-compile", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(len(self._threads),), name="precast-compile", daemon=True
+        )
         self._threads.append(thread)
         self._idle += 1
         thread.start()
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
         worker: _Worker | None = None
         try:
-            worker = self._start()
+            with contextlib.suppress(CompileError):  # Closed before it has begun.
+                worker = self._start(number)
             while (item := self._jobs.get()) is not None and not self._is_closed.is_set():
                 job, future = item
                 with self._lock:
@@ -132,7 +187,15 @@ class CompileService:
                     self._idle -= 1
                 if future.set_running_or_notify_cancel():
                     try:
-                        result, worker = self._run(job, worker)
+                        if worker is None or not worker.is_alive:
+                            if worker is not None:
+                                self._end(worker)
+                            worker = self._start(number)
+                        run = _Run(job, worker)
+                        try:
+                            result = self._run(run, number)
+                        finally:
+                            worker = run.worker
                         future.set_result(result)
                     except BaseException as error:  # noqa: BLE001 - it belongs to the future.
                         future.set_exception(error)
@@ -142,51 +205,115 @@ class CompileService:
                 item[1].cancel()
         finally:
             if worker is not None:
-                worker.end()
+                self._end(worker)
 
-    def _start(self) -> _Worker:
-        return _Worker(self._environment, self._memory_bytes)
+    def _start(self, number: int) -> _Worker:
+        environment = self._environment
+        if self._devices:
+            device = self._devices[number % len(self._devices)]
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": device}
+        with self._starting:
+            if self._is_closed.is_set():
+                raise CompileError("?", "worker", "the compile service was closed")
+            worker = _Worker(environment, self._memory_bytes)
+            self._workers.append(worker)
+        return worker
 
-    def _run(self, job: CompileJob, worker: _Worker | None) -> tuple[JobResult, _Worker]:
-        """Run one job to its end; a crash is tried once more, then with the other compilers."""
-        if worker is None or not worker.is_alive:
-            worker = self._start()
-        worker.wait_until_ready(self._clock, self._is_closed)
-        deadline = self._clock() + self._timeout_s
+    def _end(self, worker: _Worker) -> None:
+        worker.end()
+        with self._starting:
+            if worker in self._workers:
+                self._workers.remove(worker)
+
+    def _run(self, run: _Run, number: int) -> JobResult:
+        """Run one job to its end, and tell of it."""
+        run.worker.wait_until_ready(self._clock, self._is_closed)
+        started = self._clock()
+        code: str | None = "compile-crashed"
+        compiler = None
+        try:
+            result = self._try(run, number, started + self._timeout_s)
+            compiler = result.compiler
+            code = None if compiler is not None else result.failures[-1].code
+            return result
+        except PrecastError as error:
+            code = error.code
+            raise
+        finally:
+            run.note()
+            if run.job.is_reported:
+                self._emit(
+                    JobFinished(
+                        run.job.name,
+                        run.job.key,
+                        compiler,
+                        code,
+                        self._clock() - started,
+                        run.cpu_seconds,
+                        run.peak_bytes,
+                        run.written_bytes,
+                        run.attempts + 1,
+                    )
+                )
+
+    def _try(self, run: _Run, number: int, deadline: float) -> JobResult:
+        """Run one job; a crash is tried once more, then with the other compilers."""
+        job = run.job
         left = list(job.compilers)
         failures: list[CompileFailure] = []
-        num_crashes = attempt = 0
+        num_crashes = 0
         while True:
-            directory = str(Path(job.directory) / str(attempt))
             request = {
-                "id": attempt,
+                "id": run.attempts,
                 "piece": dict(job.piece),
                 "compilers": left,
-                "directory": directory,
+                "directory": str(Path(job.directory) / str(run.attempts)),
                 "verify": job.verify,
                 "imports": list(job.imports),
                 "is_retry": num_crashes > 0,
             }
             current = left[0] if left else "worker"
+            worker, meter = run.worker, UsageMeter(run.worker.pid, self._memory_bytes)
+            run.meters.append(meter)
+
+            def watch(worker: _Worker = worker, meter: UsageMeter = meter) -> None:
+                held = meter.look()
+                if self._memory_bytes is not None and (held or 0) > self._memory_bytes:
+                    self._end(worker)
+                    raise CompileMemoryError(
+                        job.name,
+                        current,  # noqa: B023 - the compiler that runs now.
+                        self._memory_bytes,
+                        meter.peak_bytes,
+                    )
+
             try:
                 worker.send(request)
                 while True:
-                    answer = worker.receive(deadline, self._clock, self._is_closed)
+                    answer = worker.receive(deadline, self._clock, self._is_closed, watch)
                     if answer is None:
-                        worker.end()
+                        self._end(worker)
                         if self._is_closed.is_set():
                             raise CompileError(job.name, current, "the compile service was closed")
                         raise CompileTimeoutError(job.name, current, self._timeout_s)
-                    if answer.get("id") != attempt:
+                    if answer.get("id") != run.attempts:
                         continue
                     if "started" in answer:
                         current = answer["started"]
-                        self._emit(CompileStarted(job.name, job.key, current))
+                        if job.is_reported:
+                            self._emit(CompileStarted(job.name, job.key, current))
                         continue
                     failures += [CompileFailure(**failure) for failure in answer["failures"]]
-                    return self._result(answer, failures, worker.pid), worker
+                    meter.look()
+                    return self._result(answer, failures, worker.pid, run.peak_bytes)
             except (BrokenPipeError, EOFError):
+                if self._is_closed.is_set():
+                    self._end(worker)
+                    raise CompileError(
+                        job.name, current, "the compile service was closed"
+                    ) from None
                 crash = worker.crash(job.name, current)
+                self._end(worker)
                 num_crashes += 1
                 if num_crashes > 1:
                     # The other compilers may do better; what crashed twice is not tried again.
@@ -195,12 +322,17 @@ class CompileService:
                     num_crashes = 0
                     if not left:
                         raise crash from None
-                attempt += 1
-                worker = self._start()
-                worker.wait_until_ready(self._clock, self._is_closed)
+                run.attempts += 1
+                run.worker = self._start(number)
+                run.worker.wait_until_ready(self._clock, self._is_closed)
 
     @staticmethod
-    def _result(answer: Mapping[str, Any], failures: list[CompileFailure], pid: int) -> JobResult:
+    def _result(
+        answer: Mapping[str, Any],
+        failures: list[CompileFailure],
+        pid: int,
+        peak_bytes: int | None,
+    ) -> JobResult:
         return JobResult(
             compiler=answer.get("compiler"),
             files=answer.get("files", {}),
@@ -209,8 +341,31 @@ class CompileService:
             verify=answer.get("verify"),
             failures=tuple(failures),
             worker_pid=pid,
-            peak_bytes=answer.get("peak_bytes"),
+            peak_bytes=peak_bytes,
         )
+
+
+class _Run:
+    """One job on its way: the worker that has it now, and what all of them took."""
+
+    def __init__(self, job: CompileJob, worker: _Worker) -> None:
+        self.job = job
+        self.worker = worker
+        self.attempts = 0
+        self.meters: list[UsageMeter] = []
+        self.cpu_seconds: float | None = None
+        self.written_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return max((m.peak_bytes for m in self.meters if m.peak_bytes is not None), default=None)
+
+    def note(self) -> None:
+        """Add up what the workers of all attempts took."""
+        times = [m.cpu_seconds for m in self.meters if m.cpu_seconds is not None]
+        written = [m.written_bytes for m in self.meters if m.written_bytes is not None]
+        self.cpu_seconds = sum(times) if times else None
+        self.written_bytes = sum(written) if written else None
 
 
 class _Worker:
@@ -218,12 +373,22 @@ class _Worker:
 
     def __init__(self, environment: Mapping[str, str], memory_bytes: int | None) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`.
+        # Should both be killed, the next collection of a cache removes it.
+        self._own_folder = OwnFolder("worker")
+        self._folder = self._own_folder.make()
         env = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "TMPDIR"},
+            # A killed g++ leaves its files behind: it asks TMPDIR, then TMP for a place. Python
+            # asks TEMP before TMP, and what Inductor shares between processes lies there.
+            "TMP": self._folder,
+            "TEMP": tempfile.gettempdir(),
             # What this process can import, a worker can: user's operators live in their packages.
             "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
             "PRECAST_WORKER_PARENT": str(os.getpid()),
-            "PRECAST_WORKER_MEMORY": "" if memory_bytes is None else str(memory_bytes),
+            "PRECAST_WORKER_FOLDER": self._folder,
+            # A second line behind the watch, for what grows faster than it looks. Twice as much:
+            # it counts what a process has reserved, used or not.
+            "PRECAST_WORKER_MEMORY": "" if memory_bytes is None else str(2 * memory_bytes),
             "PRECAST_DISABLE": "",
             "TORCH_WARM_POOL": "0",  # Inductor's own pool of workers.
             **environment,
@@ -237,6 +402,7 @@ class _Worker:
             start_new_session=True,  # A group of its own, so that g++ can be ended with it.
         )
         self.pid = self._process.pid
+        self._known: set[int] = set()
         self._buffer = b""
         self._is_ready = False
         assert self._process.stdout is not None
@@ -264,9 +430,15 @@ class _Worker:
         self._process.stdin.flush()
 
     def receive(
-        self, deadline: float, clock: Callable[[], float], stop: threading.Event
+        self,
+        deadline: float,
+        clock: Callable[[], float],
+        stop: threading.Event,
+        watch: Callable[[], None] = lambda: None,
     ) -> dict[str, Any] | None:
         """Return the next message; None when the time is over or `stop` is set.
+
+        `watch` is called several times a second; what it raises ends the waiting.
 
         Raises:
             EOFError: The worker is gone.
@@ -276,7 +448,8 @@ class _Worker:
             left = deadline - clock()
             if left <= 0 or stop.is_set():
                 return None
-            if self._selector.select(min(left, 0.2)):
+            watch()
+            if self._selector.select(min(left, _SAMPLE_S)):
                 chunk = self._process.stdout.read(1 << 16)
                 if chunk == b"":
                     raise EOFError
@@ -293,22 +466,41 @@ class _Worker:
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - _STDERR_BYTES))
         said = self._stderr.read().decode(errors="replace")
-        self.end()
         if code is not None and code < 0:
             return CompileCrashedError(piece, compiler, signal=-code, stderr=said)
         return CompileCrashedError(piece, compiler, exit_code=code, stderr=said)
 
+    def kill(self) -> None:
+        """Kill the worker and all that it started; returns at once. From any thread."""
+        self._signal(signal.SIGKILL)
+
     def end(self) -> None:
-        """Terminate the worker's group, then kill it. Returns when it is gone."""
-        for kind, patience in ((signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, kind)
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+        """Terminate the worker and what it started, then kill it. Returns when it is gone."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_TERMINATE_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
         self._selector.close()
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+        self.remove_folder(0.0)
+
+    def remove_folder(self, patience_s: float) -> None:
+        """Remove the worker's temporary files, once it is gone or patience is at its end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._own_folder.close()
+
+    def _signal(self, kind: signal.Signals) -> None:
+        # The tree as well as the group: a child may have made a group of its own.
+        self._known |= processes_of(self.pid, self._known)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, kind)
+        if kind == signal.SIGKILL:
+            for pid in self._known - {self.pid}:
+                end_process(pid)

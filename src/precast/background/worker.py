@@ -28,7 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from precast.background.limits import die_with_parent, limit_memory, lower_priority, peak_bytes
+from precast.background.limits import die_with_parent, limit_memory, lower_priority
 from precast.compilers.interface import CompiledPiece
 from precast.errors import CompileError
 from precast.graph.piece import Piece, SymbolRange
@@ -43,7 +43,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     lower_priority()
-    die_with_parent(int(os.environ["PRECAST_WORKER_PARENT"]))
+    die_with_parent(
+        int(os.environ["PRECAST_WORKER_PARENT"]), os.environ.get("PRECAST_WORKER_FOLDER")
+    )
     if os.environ.get("PRECAST_WORKER_WARM", "1") == "1":
         from precast.torch_private import prepare_inductor, warm_inductor
 
@@ -87,7 +89,7 @@ def run_job(job: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None])
             failures.append(_failure(name, error))
             continue
         seconds = time.monotonic() - started
-        return {**result, "seconds": seconds, "peak_bytes": peak_bytes(), "failures": failures}
+        return {**result, "seconds": seconds, "failures": failures}
     return {"failures": failures}
 
 
@@ -139,7 +141,8 @@ def _compile_for_most_sizes(
     except Exception as error:
         usual = _without_small_sizes(piece)
         is_no_range = isinstance(error.__cause__, SizesSpecializedError)
-        if usual is None or is_no_range or _has_broken_device(error):
+        is_too_large = _failure("", error)["code"] == "compile-memory"
+        if usual is None or is_no_range or is_too_large or _has_broken_device(error):
             raise
         try:
             second = Path(directory) / "above-1"

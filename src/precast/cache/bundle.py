@@ -638,11 +638,14 @@ def _before(key: str) -> list[str]:
 
 
 def _records(payload: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the records of artifacts that an assembly has; none for a piece."""
+    """Return the records of artifacts that an assembly has, or a piece in parts; else none."""
+    details = payload.get("details")
     records = payload.get("pieces")
+    if payload.get("kind") == "parts" and isinstance(details, dict):
+        records = details.get("records")
     if not isinstance(records, list):
         return []
-    return [
+    found = [
         record
         for record in records
         if isinstance(record, dict)
@@ -650,6 +653,7 @@ def _records(payload: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         and isinstance(record.get("files"), dict)
         and all(is_file_name(n) and is_digest(d) for n, d in record["files"].items())
     ]
+    return [*found, *(inner for record in found for inner in _records(record))]
 
 
 def _digests(payload: Mapping[str, Any]) -> set[str]:

@@ -286,7 +286,7 @@ def load_private_key(path: str | os.PathLike[str]) -> SigningKey:
         "signing_key",
         name,
         "a PEM file with an Ed25519 private key that has no pass phrase",
-        "Make one: openssl genpkey -algorithm ed25519 -out FILE",
+        "Make one: precast keys generate FILE",
     )
 
 
@@ -310,7 +310,7 @@ def load_public_keys(sources: Sequence[str | os.PathLike[str]]) -> dict[str, byt
                 "trusted_keys",
                 name,
                 "Ed25519 public keys: `ed25519:<base64>`, PEM, or files of them",
-                "Give what `generate_key` wrote beside the private key, ending in .pub",
+                "Give what `precast keys generate` wrote beside the private key, ending in .pub",
             )
         found.update({key_id(key): key for key in keys})
     return found

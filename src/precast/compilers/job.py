@@ -18,6 +18,7 @@ class CompileJob(Value, kw_only=True):
     """One piece to compile: `piece` as `Piece.to_json` gives it, `compilers` in order of trial.
 
     `directory` is made by the worker and belongs to the caller; `name` and `key` are for events.
+    `is_reported` False: it only prepares a compilation, and is no event of its own.
     """
 
     piece: Mapping[str, Any]
@@ -27,6 +28,7 @@ class CompileJob(Value, kw_only=True):
     imports: tuple[str, ...] = ()
     name: str = "?"
     key: str = ""
+    is_reported: bool = True
 
 
 class CompileFailure(Value):

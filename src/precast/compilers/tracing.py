@@ -21,7 +21,13 @@ class TracedPiece:
         self._piece = piece
         self._compiler = compiler
         self.graph: Any = read_piece(piece)
-        self.mode, self.inputs, self._symbols = fake_inputs(piece)
+        self.mode, self.inputs, self.symbols = fake_inputs(piece)
+
+    def record_values(self) -> None:
+        """Note each node's fake value at it, as capture does. To be called within `tracing`."""
+        from precast.torch_private import record_values
+
+        record_values(self.graph, self.mode, self.inputs)
 
     def sizes(self) -> dict[str, Any]:
         """Return `ranges` and `unproven` as `CompiledPiece.details` wants them.
@@ -33,7 +39,7 @@ class TracedPiece:
 
         asked = {name: (r.low, r.high) for name, r in self._piece.symbols.items()}
         try:
-            ranges, unproven = narrowed_ranges(self.mode, self._symbols, asked)
+            ranges, unproven = narrowed_ranges(self.mode, self.symbols, asked)
         except SizesSpecializedError as error:
             raise CompileError(piece_name(self._piece), self._compiler, str(error)) from error
         narrowed = {n: list(bounds) for n, bounds in ranges.items() if bounds != asked[n]}

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from precast.machine import cpu_flags, python_identity
 
 # A step of this number makes every older artifact a miss.
 KEY_VERSION = 1
+
+# The parts that say what a key is of, not what it was made with; and what a new one means.
+_SUBJECT = {"text": "new piece", "model": "new model", "call": "new kind of call"}
 
 
 class Key:
@@ -83,11 +86,77 @@ class HashComputer:
     @staticmethod
     def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         """Return one sentence for every part in which two keys' parts differ."""
+        old, new = _flat(old), _flat(new)
         return [
             f"{name}: was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
             for name in sorted({*old, *new})
             if old.get(name) != new.get(name)
         ]
+
+
+def find_nearest(
+    parts: Mapping[str, Any], others: Iterable[tuple[str, Mapping[str, Any]]]
+) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the stored key that a key nearly is, with its parts; None: nothing of its kind.
+
+    One of the same subject (text, or model and call) is nearer than any other, then what differs
+    in fewer parts; among equals the first.
+    """
+
+    def distance(other: tuple[str, Mapping[str, Any]]) -> tuple[int, int]:
+        of_subject = sum(parts.get(name) != other[1].get(name) for name in _SUBJECT)
+        return of_subject, len(HashComputer.explain(other[1], parts))
+
+    same_kind = [other for other in others if other[1].get("kind") == parts.get("kind")]
+    return min(same_kind, key=distance, default=None)
+
+
+def cause_of_miss(parts: Mapping[str, Any], nearest: Mapping[str, Any] | None) -> str:
+    """Say in a few words what makes a key new, for counting.
+
+    `nothing stored`, `new piece`, `new model`, `new kind of call`, or the names of the parts that
+    changed, such as `torch` or `cpu, threads`.
+    """
+    if nearest is None:
+        return "nothing stored"
+    for name, words in _SUBJECT.items():
+        if parts.get(name) != nearest.get(name):
+            return words
+    changed = [n for n in sorted({*parts, *nearest}) if parts.get(n) != nearest.get(n)]
+    return ", ".join(changed) or "nothing differs"
+
+
+def explain_misses(
+    misses: Sequence[dict[str, Any]], stored: Iterable[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Add to each miss its `cause`, the `nearest` stored key, and in which parts that `differs`.
+
+    Args:
+        misses: Each with its `key` and `parts`, and as `problem` why what is stored under that
+            key does not serve, if something is.
+        stored: Keys and their parts. What the misses themselves became by now is left out.
+    """
+    new = {miss["key"] for miss in misses if miss["problem"] is None}
+    others = [other for other in stored if other[0].partition("-")[0] not in new]
+    for miss in misses:
+        if miss["problem"] is not None:
+            miss |= {"cause": "outside contract", "nearest": None, "differs": [miss["problem"]]}
+            continue
+        nearest = find_nearest(miss["parts"], others)
+        miss["cause"] = cause_of_miss(miss["parts"], nearest and nearest[1])
+        miss["nearest"] = nearest and nearest[0]
+        miss["differs"] = [] if nearest is None else HashComputer.explain(nearest[1], miss["parts"])
+
+
+def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parts with those that are mappings taken apart: `compiler.version`."""
+    flat = {}
+    for name, value in parts.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": found for inner, found in _flat(value).items()})
+        else:
+            flat[name] = value
+    return flat
 
 
 def toolchain_parts(device: str) -> dict[str, Any]:

@@ -25,11 +25,15 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_compiled": (events.PieceCompiled, _one),
     "num_failed": (events.PieceFailed, _one),
     "num_failures_remembered": (events.FailureRemembered, _one),
+    "num_split": (events.PieceSplit, _one),
+    "num_jobs": (events.JobFinished, _one),
     "num_verified": (events.PieceVerified, _one),
     "num_mismatched": (events.VerifyMismatched, _one),
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
     "num_cache_misses": (events.CacheMiss, _one),
+    "num_pieces_missed": (events.PieceMissed, _one),
+    "num_assemblies_missed": (events.AssemblyMissed, _one),
     "num_tier_failures": (events.TierFailed, _one),
     "num_tier_skips": (events.TierSkipped, _one),
     "num_tier_recoveries": (events.TierRecovered, _one),
@@ -70,11 +74,15 @@ class CompilationCounter:
     num_compiled: int
     num_failed: int
     num_failures_remembered: int
+    num_split: int
+    num_jobs: int
     num_verified: int
     num_mismatched: int
     num_loaded: int
     num_cache_hits: int
     num_cache_misses: int
+    num_pieces_missed: int
+    num_assemblies_missed: int
     num_tier_failures: int
     num_tier_skips: int
     num_tier_recoveries: int

@@ -38,7 +38,12 @@ class LogListener:
             case events.FellBack():
                 part = event.model if event.piece is None else f"{event.model}, {event.piece}"
                 self._warn(part, event.reason)
-            case events.PieceFailed() | events.VerifyMismatched() | events.FailureRemembered():
+            case (
+                events.PieceFailed()
+                | events.PieceSplit()
+                | events.VerifyMismatched()
+                | events.FailureRemembered()
+            ):
                 self._warn(event.piece, event.reason)
             case events.TierFailed() | events.ArtifactQuarantined() | events.ArtifactRefused():
                 self._warn(f"cache tier {event.tier}", event.reason)
@@ -57,6 +62,12 @@ class LogListener:
                 self._logger.debug(
                     "%s: compiled by %s in %.1f s, %d bytes",
                     *(event.piece, event.compiler, event.seconds, event.artifact_bytes),
+                )
+            case events.JobFinished():
+                self._logger.debug(
+                    "%s: job ended with %s after %.1f s: CPU %s s, peak %s bytes, written %s bytes",
+                    *(event.piece, event.code or event.compiler, event.seconds),
+                    *(event.cpu_seconds, event.peak_bytes, event.written_bytes),
                 )
             case events.PieceLoaded():
                 self._logger.debug(

@@ -55,7 +55,7 @@ class ProgressListener:
             match event:
                 case events.CompileStarted():
                     self._begin(event)
-                case events.PieceCompiled() | events.PieceFailed():
+                case events.PieceCompiled() | events.PieceFailed() | events.PieceSplit():
                     if event.piece in self._running:
                         self._running.remove(event.piece)
                         self._num_done += 1

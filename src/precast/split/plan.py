@@ -17,7 +17,7 @@ The graph must have gone through `clean_graph`. `build.py` makes the pieces.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -218,6 +218,27 @@ def _atoms(graph_module: GraphModule) -> list[list[Node]]:
     return atoms
 
 
+def stretches(graph_module: GraphModule) -> list[list[list[Node]]]:
+    """Return what lies between the operators that run natively whatever the rule.
+
+    Each stretch is a list of units, in order; a unit stays together in every cut.
+    """
+    native = _native_nodes(graph_module, Placement(native={}, regions={}))
+    found: list[list[list[Node]]] = [[]]
+    home: dict[Node, list[Node]] = {}
+    for atom in _atoms(graph_module):
+        source = atom[0].args[0] if is_pick(atom[0]) else None
+        if isinstance(source, Node) and source in home:
+            home[source].append(atom[0])
+            home[atom[0]] = home[source]
+        elif any(node.name in native for node in atom):
+            found.append([])
+        else:
+            found[-1].append(atom)
+            home.update(dict.fromkeys(atom, atom))
+    return [stretch for stretch in found if stretch]
+
+
 def _merge_idle(groups: list[_Group], graph_module: GraphModule) -> list[_Group]:
     """Join each piece that is none in itself to a neighbour, a native one if there is one."""
     storages = Storages(graph_module)
@@ -227,7 +248,7 @@ def _merge_idle(groups: list[_Group], graph_module: GraphModule) -> list[_Group]
             (
                 place
                 for place, group in enumerate(groups)
-                if not group.is_native and _is_idle(group, storages)
+                if not group.is_native and is_idle(group.nodes, storages)
             ),
             None,
         )
@@ -261,15 +282,15 @@ def _merge_equal(groups: list[_Group]) -> list[_Group]:
     return merged
 
 
-def _is_idle(group: _Group, storages: Storages) -> bool:
-    """Tell whether a group is not worth a piece: it computes nothing, or reads no tensor.
+def is_idle(nodes: Collection[Node], storages: Storages) -> bool:
+    """Tell whether a run of nodes is not worth a piece: it computes nothing, or reads no tensor.
 
     A piece takes its sizes from its tensors' shapes; without a tensor it could not have any.
     """
-    inside = set(group.nodes)
-    return not any(_computes(node, storages) for node in group.nodes) or not any(
+    inside = set(nodes)
+    return not any(_computes(node, storages) for node in nodes) or not any(
         is_tensor(argument) and argument not in inside
-        for node in group.nodes
+        for node in nodes
         for argument in node.all_input_nodes
     )
 
