@@ -76,6 +76,8 @@ class Assembly:
             "kind": "assembly",
             "version": ASSEMBLY_VERSION,
             "python": python_identity(),
+            # For the cache: these stay as long as the assembly is used.
+            "needs": sorted({record["key"] for record in self.pieces or () if "key" in record}),
             **{name: getattr(self, name) for name in _FIELDS},
         }
 

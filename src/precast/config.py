@@ -108,6 +108,26 @@ SETTINGS: dict[str, Setting] = {
         accepts=lambda value: value is None or (isinstance(value, str) and value.strip() != ""),
         remedy="Leave it out for the disk alone",
     ),
+    "cache_max_bytes": Setting(
+        wanted="a positive number of bytes or None",
+        accepts=lambda value: value is None or (_is_whole(value) and value > 0),
+        remedy="Write whole bytes, such as 20 * 2**30, or None for no limit",
+    ),
+    "cache_max_age": Setting(
+        wanted="a positive number of seconds or None",
+        accepts=lambda value: value is None or (_is_number(value) and value > 0),
+        remedy="Write seconds, such as 90 * 86400, or None for no limit",
+    ),
+    "lease_wait": Setting(
+        wanted="a number of seconds of at least 0, or None",
+        accepts=lambda value: value is None or (_is_number(value) and 0 <= value < float("inf")),
+        remedy="Write 0 to wait for nobody, or None to wait as long as a compile may take",
+    ),
+    "failure_memory": Setting(
+        wanted="a number of seconds of at least 0",
+        accepts=lambda value: _is_number(value) and value >= 0,
+        remedy="Write 0 to try failed pieces at every start",
+    ),
     "max_compile_time": Setting(
         wanted="a positive number of seconds",
         accepts=lambda value: _is_number(value) and 0 < value < float("inf"),
@@ -184,6 +204,10 @@ class CompilationConfig(Value, kw_only=True):
     trusted_keys: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...] = ()
     allow_unsigned: bool = False  # Shared tiers and bundles: run code that nobody signed.
     cache_url: str | None = None  # None: "disk". Tiers, nearest first; see docs/cache.md.
+    cache_max_bytes: int | None = 20 << 30  # Of the disk tier.
+    cache_max_age: float | None = 90 * 86400.0  # Seconds since an artifact's last use.
+    lease_wait: float | None = None  # Seconds for another's compile; None: `max_compile_time`.
+    failure_memory: float = 86400.0  # Seconds until a failed piece is tried again.
     max_compile_time: float = 600.0  # Seconds for one piece.
     compiler: object = "auto"
     mode: Literal["blocking", "progressive", "cache_only"] = "blocking"

@@ -269,17 +269,25 @@ class CompiledModel:
             return None
         if self.dispatcher.loaded:
             self._report_outside(args, kwargs)
-        try:
-            return self._compile(key, args, kwargs, started)
-        except PrecastError as error:
-            if config.on_error == "raise":
-                raise
-            self._fall_back(signature, error)
-        except Exception as error:
-            # A mistake of ours must not stop a model that runs without us.
-            if config.on_error == "raise":
-                raise
-            self._fall_back(signature, CaptureError(self.session.name, in_words(error)))
+        # Of the processes that miss this at once, one captures and compiles; the others load.
+        with self.session.manager.turn(
+            key,
+            lambda: self._candidates.is_new(key),
+            lambda: self._load(key, args, kwargs, started),
+        ) as found:
+            if found is not None:
+                return found
+            try:
+                return self._compile(key, args, kwargs, started)
+            except PrecastError as error:
+                if config.on_error == "raise":
+                    raise
+                self._fall_back(signature, error, key)
+            except Exception as error:
+                # A mistake of ours must not stop a model that runs without us.
+                if config.on_error == "raise":
+                    raise
+                self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
         return None
 
     def _is_full(self, signature: str) -> bool:
@@ -416,7 +424,7 @@ class CompiledModel:
                     name=session.name,
                 )
             except Unrecordable as finding:
-                self._trace_on_start(str(finding))
+                self._trace_on_start(str(finding), key)
                 return None
             if capture is None:
                 raise CaptureError(session.name, "it computes nothing with tensors")
@@ -429,7 +437,7 @@ class CompiledModel:
                 )
             )
             if capture.unrecordable is not None or capture.contract is None:
-                self._trace_on_start(str(capture.unrecordable))
+                self._trace_on_start(str(capture.unrecordable), key)
                 return None
             example = example_shapes(args[self._num_owners :], kwargs)
             blueprint = blueprint_of(capture, session.config, session.emit, session.name, example)
@@ -468,7 +476,9 @@ class CompiledModel:
 
     def _keep(self, loaded: LoadedAssembly, key: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
-        if None not in loaded.assembly.pieces:
+        if None in loaded.assembly.pieces:
+            self._note_unkept(key, Reason("compile-failed", "a piece cannot be kept", "nothing"))
+        else:
             data = loaded.assembly.to_json()
             labels = {"model": self.session.name, "parts": self.session.key_parts(key)}
             self.session.manager.save(loaded.key, {**data, **labels})
@@ -491,17 +501,17 @@ class CompiledModel:
             self.start_seconds, self.is_warm = seconds, results is None
         emit_start(self.session, loaded, seconds, results)
 
-    def _trace_on_start(self, problem: str) -> None:
+    def _trace_on_start(self, problem: str, key: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""
         from precast.backend import compile_traced
 
-        self._note(
-            Reason(
-                "trace-on-start",
-                f"{problem}; every start traces the model, pieces come from the cache",
-                "keep such values out of what the model reads in forward",
-            )
+        reason = Reason(
+            "trace-on-start",
+            f"{problem}; every start traces the model, pieces come from the cache",
+            "keep such values out of what the model reads in forward",
         )
+        self._note(reason)
+        self._note_unkept(key, reason)
         session = self.session
 
         def backend(graph_module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -626,7 +636,7 @@ class CompiledModel:
                 return
             if self.session.config.on_error == "raise":
                 self._error = why
-            self._fall_back(request.signature, why)
+            self._fall_back(request.signature, why, self._assembly_key(request.signature))
 
     def finish(self, request: Request) -> None:
         """Take a request for done, whatever became of it."""
@@ -640,7 +650,12 @@ class CompiledModel:
 
     # -- when it does not work ---------------------------------------------------
 
-    def _fall_back(self, signature: str, error: PrecastError) -> None:
+    def _note_unkept(self, key: str, reason: Reason) -> None:
+        """Note that a capture leaves nothing to load: then no process need wait for another's."""
+        self.session.manager.remember(key, reason, ("capture-failed",))
+
+    def _fall_back(self, signature: str, error: PrecastError, key: str) -> None:
+        self._note_unkept(key, error.reason)
         if isinstance(error, CaptureError):
             self.session.emit(CaptureFailed(self.session.name, error.reason))
         self._give_up(signature, error.reason)

@@ -68,6 +68,8 @@ class Session:
             cache_url=self.config.cache_url,
             further_tiers=_open_bundles(self.config),
             trust=NO_KEYS if self.is_disabled else _open_trust(self.config),
+            max_bytes=self.config.cache_max_bytes,
+            max_age_s=self.config.cache_max_age,
         )
         self.manager = CompilerManager(
             self.config, self.loader, self.storage, self.emit, self._make_service
@@ -133,6 +135,7 @@ class Session:
     def close(self) -> None:
         """End workers and remove temporary files; give waiting writes a last while."""
         self.manager.close()
+        self.manager.remove_kept()
         self.storage.close()
         self.loader.close()
 

@@ -523,7 +523,8 @@ def main() -> int:
     report = Report(folder)
     startup = [sys.executable, str(BENCHMARKS / "startup.py"), *EIGHT_B]
     call = [sys.executable, str(BENCHMARKS / "call.py"), *EIGHT_B]
-    startup += ["--scratch", str(scratch / "startup"), "--share"]
+    # Awake: one eager forward before the clock, so that no way pays for CUDA's own start.
+    startup += ["--scratch", str(scratch / "startup"), "--share", "--awake"]
     caches = scratch / "startup"
     # The important ones first: what the budget does not cover is left out, and says so.
     plan: list[tuple[str, float, list[str] | None]] = [
@@ -544,7 +545,7 @@ def main() -> int:
         (
             "startup-compile",
             200,
-            [*startup, "--ways", "compile", "--layers", "32", "--repeats", "1"]
+            [*startup, "--ways", "compile", "mega", "--layers", "32", "--repeats", "1"]
             + ["--timeout", "130"],
         ),
     ]

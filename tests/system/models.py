@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import OrderedDict
@@ -308,3 +309,17 @@ class Narrow(Filed):
         high = 8 if "norm" in piece.text else 6
         ranges = {symbol: [allowed.low, high] for symbol, allowed in piece.symbols.items()}
         return CompiledPiece(made.files, {"ranges": ranges})
+
+
+class Refusing(Filed):
+    """Refuses every piece as long as a variable of the environment says so."""
+
+    name = "refusing"
+
+    def identity(self) -> dict[str, str]:
+        return {"compiler": "refusing"}
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if "TEST_REFUSE" in os.environ:
+            raise CompileError("?", self.name, "not today")
+        return super().compile(piece, directory)

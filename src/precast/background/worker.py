@@ -182,7 +182,7 @@ def _verify(
 ) -> dict[str, Any]:
     """Compare with eager; what fails at sizes 0 or 1 only is left out of `details["ranges"]`."""
     from precast.compilers.verify import EagerRefusedError, verify_from_text
-    from precast.graph.read import edge_sizes, zero_sizes
+    from precast.graph.read import edge_sizes, reads_indices, zero_sizes
 
     ranges = details.setdefault("ranges", {})
 
@@ -192,14 +192,16 @@ def _verify(
             for symbol, (low, high) in ranges.items()
         )
 
-    rows = [sizes for sizes in edge_sizes(piece) if is_inside(sizes)]
+    # A CPU says that an index is out of range; a GPU ends all work of the process.
+    keep_alike = is_retry or (piece.device != "cpu" and reads_indices(piece))
+    rows = [sizes for sizes in edge_sizes(piece, keep_alike=keep_alike) if is_inside(sizes)]
     usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())]
     try:
         result = verify_from_text(piece, run, usual or rows, name, 1 if is_retry else 2)
     except EagerRefusedError:
         result = verify_from_text(piece, run, usual or rows, name, 1)
     small_rows = [sizes for sizes in rows if sizes not in usual and usual]
-    small_rows += [sizes for sizes in zero_sizes(piece) if is_inside(sizes)]
+    small_rows += [sizes for sizes in zero_sizes(piece, keep_alike=keep_alike) if is_inside(sizes)]
     proven: set[tuple[str, int]] = set()
     undecided: set[tuple[str, int]] = set()
     for row in small_rows:

@@ -48,7 +48,10 @@ class TracedPiece:
 
 @contextmanager
 def tracing(piece: Piece) -> Iterator[None]:
-    """Trace with open sizes and under the autocast that the piece was captured in."""
+    """Trace with open sizes and under the autocast that the piece was captured in.
+
+    Where sizes 0 and 1 are not asked for, torch may decide by that, as it does by default.
+    """
     import torch
 
     from precast.graph.read import dtype_of
@@ -57,7 +60,8 @@ def tracing(piece: Piece) -> Iterator[None]:
     cast: Any = nullcontext()
     if piece.autocast is not None:
         cast = torch.autocast(piece.autocast[0], dtype=dtype_of(piece.autocast[1]))
-    with tracing_sizes_obliviously(), cast:
+    has_small_sizes = any(allowed.low < 2 for allowed in piece.symbols.values())
+    with tracing_sizes_obliviously() if has_small_sizes else nullcontext(), cast:
         yield
 
 

@@ -178,11 +178,21 @@ def random_inputs(
     return inputs
 
 
-def edge_sizes(piece: Piece) -> list[dict[str, int]]:
+def reads_indices(piece: Piece) -> bool:
+    """Whether a piece may look up one size in another, so that only some sizes go together."""
+    return "arange" in piece.text or any("int" in spec.dtype for spec in piece.inputs)
+
+
+def edge_sizes(piece: Piece, *, keep_alike: bool = False) -> list[dict[str, int]]:
     """Return a handful of assignments of sizes to symbols at which a compiled piece is tried.
 
     Each lies within the ranges and keeps every input's shape and stride free of negative numbers;
     0 is left to `zero_sizes`.
+
+    Args:
+        piece: Whose symbols.
+        keep_alike: Give equal sizes to symbols that were equal when the piece was captured: two
+            may have to be, although only the model's code says so.
     """
     hints = symbol_hints(piece)
     if not piece.symbols:
@@ -207,18 +217,37 @@ def edge_sizes(piece: Piece) -> list[dict[str, int]]:
         for name, allowed in piece.symbols.items()
     }
     found[1:1] = [lows, highs]
+    if keep_alike:
+        found = [_alike(piece, sizes) for sizes in found]
     unique = [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
     return [sizes for sizes in unique if _is_consistent(piece, sizes)][:_MOST_ASSIGNMENTS]
 
 
-def zero_sizes(piece: Piece) -> list[dict[str, int]]:
+def zero_sizes(piece: Piece, *, keep_alike: bool = False) -> list[dict[str, int]]:
     """Return one assignment for each symbol that may be 0, others at their hints; then all 0."""
     hints = symbol_hints(piece)
     names = [name for name, allowed in piece.symbols.items() if 0 in allowed]
     rows = [{**hints, name: 0} for name in names]
     if len(names) > 1:  # Symbols may stand for one length without the piece's saying so.
         rows.append({**hints, **dict.fromkeys(names, 0)})
+    if keep_alike:
+        rows = [_alike(piece, sizes, least=True) for sizes in rows]
+        rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
     return [sizes for sizes in rows if _is_consistent(piece, sizes)]
+
+
+def _alike(piece: Piece, sizes: Mapping[str, int], *, least: bool = False) -> dict[str, int]:
+    """Return sizes in which symbols of one hint have one size, wherever all of them may have it."""
+    groups: dict[int, list[str]] = {}
+    for name in piece.symbols:
+        if name in piece.hints:
+            groups.setdefault(piece.hints[name], []).append(name)
+    row = dict(sizes)
+    for names in groups.values():
+        size = min(sizes[name] for name in names) if least else sizes[names[0]]
+        if all(size in piece.symbols[name] for name in names):
+            row.update(dict.fromkeys(names, size))
+    return row
 
 
 # --- Parsing.

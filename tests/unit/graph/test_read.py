@@ -127,3 +127,22 @@ def test_sizes_are_expressions_and_nothing_else() -> None:
     assert evaluate_size("max(8*s0 + 1, s1 // 2)", {"s0": 2, "s1": 100}) == 50
     with pytest.raises(PieceTextError):
         evaluate_size("__import__('os')", {})
+
+
+def test_sizes_that_were_alike_stay_alike_on_request() -> None:
+    """Two symbols may have to be equal although only the model's code says so."""
+    ranges = {name: SymbolRange(low=0, high=None) for name in ("s0", "s1", "s2")}
+    piece = replace(TINY, symbols=ranges, hints={"s0": 4, "s1": 12, "s2": 4})
+    rows = edge_sizes(piece, keep_alike=True) + zero_sizes(piece, keep_alike=True)
+
+    assert all(row["s0"] == row["s2"] for row in rows)
+    assert {row["s1"] for row in rows} >= {1, 2, 3, 0}
+    assert any(row["s0"] != row["s1"] for row in rows)
+    assert any(row["s0"] != row["s2"] for row in edge_sizes(piece))
+
+
+def test_sizes_stay_alike_only_within_their_ranges() -> None:
+    ranges = {"s0": SymbolRange(low=0, high=None), "s1": SymbolRange(low=5, high=8)}
+    piece = replace(TINY, symbols=ranges, hints={"s0": 6, "s1": 6})
+
+    assert all(row["s1"] in ranges["s1"] for row in edge_sizes(piece, keep_alike=True))
