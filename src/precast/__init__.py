@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
+    from precast.monitoring.performance import PerformanceMonitor
     from precast.passes.interface import InductorPass
     from precast.passes.patterns import pattern_pass
     from precast.split.at_layers import SplitAtLayers
@@ -25,6 +26,7 @@ __all__ = [
     "CompilationConfig",
     "CompilationCounter",
     "InductorPass",
+    "PerformanceMonitor",
     "PrecastError",
     "SplitAtLayers",
     "SplitAtOps",
@@ -42,6 +44,7 @@ _HOME = {
     "CompilationConfig": "precast.config",
     "CompilationCounter": "precast.monitoring.counter",
     "InductorPass": "precast.passes.interface",
+    "PerformanceMonitor": "precast.monitoring.performance",
     "PrecastError": "precast.errors",
     "SplitAtLayers": "precast.split.at_layers",
     "SplitAtOps": "precast.split.at_ops",

@@ -83,6 +83,8 @@ class Assembly:
             "kind": "assembly",
             "version": ASSEMBLY_VERSION,
             "python": python_identity(),
+            # For the cache: these stay as long as the assembly is used.
+            "needs": sorted({record["key"] for record in self.pieces or () if "key" in record}),
             **{name: getattr(self, name) for name in _FIELDS},
         }
 
@@ -113,6 +115,17 @@ class Bound:
         self.is_current = binding.is_current
 
 
+class _NotBound:
+    """Stands for the binding of an assembly that the next call is to bind."""
+
+    @staticmethod
+    def is_current() -> bool:
+        return False
+
+
+_NOT_BOUND = _NotBound()
+
+
 class LoadedAssembly:
     """An assembly whose code is loaded. `check(*args)` is 0 where it serves a call."""
 
@@ -140,7 +153,7 @@ class LoadedAssembly:
         self.key = key
         self.slots = slots
         self.check = check
-        self.bound: Bound | None = None
+        self.bound: Bound | _NotBound = _NOT_BOUND
         self._code = code
         self._contract = Contract.from_json(assembly.contract)
         self._execution = execution
@@ -149,6 +162,11 @@ class LoadedAssembly:
     def mutates(self) -> bool:
         """Whether a call writes into its arguments or the model."""
         return self.assembly.mutates
+
+    @property
+    def entry_code(self) -> types.CodeType:
+        """The bytecode around the graph."""
+        return self._code
 
     def follow_defaults(self, function: types.FunctionType) -> None:
         """Let the call check bind arguments with the defaults that the function has now."""
@@ -171,30 +189,38 @@ class LoadedAssembly:
         binding = bind(self._contract, function, owner)
         if isinstance(binding, Reason):
             return binding
-        weights = binding.weights
-        if self.assembly.packs:
-            try:
-                packed = [pack([weights[i] for i in group]) for group in self.assembly.packs]
-            except CannotPack as problem:
-                return Reason(
-                    "stale-assembly",
-                    f"a weight cannot be packed: {problem}; the model is captured again",
-                    "nothing to do: the new capture replaces this one",
-                )
-            binding.note_moved()
-            weights = [*weights, *packed]
-        groups = [[weights[i] for i in group] for group in self.assembly.groups]
-        rest = [weights[i] for i in self.assembly.rest]
-        execute = partial(self._execution, self.slots.callables, groups, *rest)
-        entry = self.assembly.entry
         try:
-            entry_globals = _entry_globals(entry["recipes"], function)
+            return self._tied(binding, function)
+        except CannotPack as problem:
+            return Reason(
+                "stale-assembly",
+                f"a weight cannot be packed: {problem}; the model is captured again",
+                "nothing to do: the new capture replaces this one",
+            )
         except LookupError as error:
             return Reason(
                 "stale-assembly",
                 f"{error} is not there; the model is captured again",
                 "nothing to do: the new capture replaces this one",
             )
+
+    def bound_as(self, other: LoadedAssembly, function: types.FunctionType) -> Bound | None:
+        """Return this tied to what another assembly of the same contract is bound to."""
+        if isinstance(other.bound, _NotBound):
+            return None
+        return self._tied(other.bound.binding, function)
+
+    def _tied(self, binding: Binding, function: types.FunctionType) -> Bound:
+        weights = binding.weights
+        if self.assembly.packs:
+            packed = [pack([weights[i] for i in group]) for group in self.assembly.packs]
+            binding.note_moved()
+            weights = [*weights, *packed]
+        groups = [[weights[i] for i in group] for group in self.assembly.groups]
+        rest = [weights[i] for i in self.assembly.rest]
+        execute = partial(self._execution, self.slots.callables, groups, *rest)
+        entry = self.assembly.entry
+        entry_globals = _entry_globals(entry["recipes"], function)
         entry_globals[entry["backend_name"]] = execute
         return Bound(binding, make_entry(self._code, entry_globals, function))
 

@@ -1,8 +1,8 @@
 """A graph's way from capture to code that runs: clean, cut, write, compile, stitch.
 
-`build_model` is the way. `compile_traced` is it for a graph that Dynamo keeps guarding: there,
-every start traces, and only the pieces come from the cache. `assemble` makes of the result what is
-stored.
+`draw` does all but compile, and `blueprint_of` makes plain data of it for a model that starts warm
+later. `compile_traced` is for a graph that Dynamo keeps guarding: there, every start traces, and
+only the pieces come from the cache.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from precast.assembly import Assembly
+from precast.blueprint import Blueprint, narrowed_ranges, slot_table
 from precast.contract import autocast_state, bind
 from precast.errors import Reason
 from precast.events import Emit, FellBack, PlanMade
-from precast.passes.chosen import NO_PASSES, ChosenPasses, choose
+from precast.passes.chosen import ChosenPasses
 from precast.runtime.packed import may_pack
-from precast.runtime.slot import Slot, SlotTable
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.graph.canonical import WrittenPiece
     from precast.graph.piece import Piece, SymbolRange
-    from precast.manager import CompilerManager, PieceResult
     from precast.split.build import PieceCall, StitchGraph
     from precast.stitch import ExecutionCode
 
@@ -36,51 +34,47 @@ if TYPE_CHECKING:
 MayPack = Callable[[Sequence[str]], bool]
 
 
-class BuiltModel:
-    """A graph cut, compiled and stitched.
+class Drawing:
+    """A graph cut, its pieces written and its stitching code generated.
 
-    `packs` are weights that stack others, by name, and `passes` what passes did to the graph.
-    `narrowed` are symbols for which some piece's code holds for fewer sizes than were captured.
+    `pieces` are the unique ones, `names` theirs; `slots` says of each slot which piece it runs
+    (None: inlined) and its name, `symbols` which captured size each of that piece's symbols is.
     `execution` takes the slots' callables, then (if it takes weights) one list of weights a
-    slot, then `rest` (weights that native code reads) and the call's arguments, in order.
+    slot (`groups`), then `rest` (weights that native code reads) and the call's arguments.
+    `packs` are weights that stack others, by name, and `passes` what passes did to the graph.
     """
 
     __slots__ = (
         "execution",
         "groups",
         "mutated",
-        "narrowed",
+        "names",
         "packs",
         "passes",
+        "pieces",
         "rest",
-        "results",
-        "slot_pieces",
         "slots",
         "split",
+        "symbols",
         "texts",
     )
 
     def __init__(self, **fields: Any) -> None:
         self.execution: ExecutionCode = fields["execution"]
         self.groups: list[list[str]] = fields["groups"]
-        self.rest: list[str] = fields["rest"]
         self.mutated: set[str] = fields["mutated"]
-        self.results: list[PieceResult] = fields["results"]
-        self.slot_pieces: list[int | None] = fields["slot_pieces"]
-        self.slots: SlotTable = fields["slots"]
-        self.split: str = fields["split"]
-        self.texts: list[str] = fields["texts"]
-        self.narrowed: dict[str, SymbolRange] = fields["narrowed"]
+        self.names: list[str] = fields["names"]
         self.packs: dict[str, list[str]] = fields["packs"]
         self.passes: list[dict[str, Any]] = fields["passes"]
+        self.pieces: list[Piece] = fields["pieces"]
+        self.rest: list[str] = fields["rest"]
+        self.slots: list[tuple[int | None, str]] = fields["slots"]
+        self.split: str = fields["split"]
+        self.symbols: list[dict[str, str]] = fields["symbols"]
+        self.texts: list[str] = fields["texts"]
 
-    @property
-    def num_pieces(self) -> int:
-        """How many slots run a piece."""
-        return sum(piece is not None for piece in self.slot_pieces)
 
-
-def build_model(
+def draw(
     graph_module: torch.fx.GraphModule,
     *,
     ranges: Mapping[str, SymbolRange],
@@ -88,12 +82,12 @@ def build_model(
     arguments: Sequence[str],
     weights: Sequence[str],
     config: CompilationConfig,
-    manager: CompilerManager,
     emit: Emit,
     name: str,
-    may_pack: MayPack | None = None,
-) -> BuiltModel:
-    """Compile a captured graph piece by piece.
+    passes: ChosenPasses,
+    may_pack: MayPack,
+) -> Drawing:
+    """Change and cut a captured graph, write its pieces and generate the code that calls them.
 
     Args:
         graph_module: From Dynamo; it is changed.
@@ -102,15 +96,16 @@ def build_model(
         arguments: Placeholders that each call gives, in order.
         weights: Placeholders that are bound once.
         config: Of the model.
-        manager: Finds or compiles the pieces.
         emit: Is told what happens.
         name: Of the model.
+        passes: Those for whole graphs are run.
         may_pack: Whether the weights of these names may become views of one tensor.
 
     Raises:
         SplitError: The graph cannot be cut: it holds a higher-order operator, say.
-        CompileError: A piece failed and `on_error` is "raise".
     """
+    from precast.stitch import generate_execution_code
+
     stitched, written, rule, changes = cut_and_write(
         graph_module,
         ranges=ranges,
@@ -120,8 +115,8 @@ def build_model(
         config=config,
         emit=emit,
         name=name,
-        passes=manager.passes,
-        may_pack=may_pack or pack_nothing,
+        passes=passes,
+        may_pack=may_pack,
     )
     unique: dict[str, int] = {}
     pieces: list[Piece] = []
@@ -133,40 +128,104 @@ def build_model(
             pieces.append(piece)
             names.append(call.region or call.name)
     emit(PlanMade(name, len(stitched.pieces), len(pieces), rule))
-    results = manager.compile(pieces, names)
-    return _stitch(stitched, written, unique, results, arguments, rule, changes)
+    graph = stitched.module.graph
+    nodes = {node.target: node for node in graph.find_nodes(op="call_module")}
+    for call in stitched.pieces:
+        node = nodes[call.name]
+        # Compiled code takes tensors only: sizes it reads from their shapes.
+        node.args = tuple(node.args[i] for i in written[call.index].kept_inputs)
+    _order_placeholders(graph, arguments)
+    execution = generate_execution_code(stitched.module, stitched.weight_groups)
+    slots: list[tuple[int | None, str]] = []
+    symbols: list[Mapping[str, str]] = []
+    by_index = {call.index: call for call in stitched.pieces}
+    for index, piece_name in enumerate(execution.piece_names):
+        found = by_index.get(index)
+        if found is None or piece_name is None:
+            slots.append((None, ""))
+            symbols.append({})
+        else:
+            slots.append((unique[written[index].piece.text], found.region or found.name))
+            symbols.append(written[index].symbols)
+    groups = stitched.weight_groups
+    return Drawing(
+        execution=execution,
+        groups=[groups.get(i, []) for i in range(len(slots))],
+        mutated=_mutated(stitched),
+        names=names,
+        packs=changes.packs,
+        passes=changes.rows,
+        pieces=pieces,
+        rest=[name for name in execution.arguments if name not in arguments],
+        slots=slots,
+        split=rule,
+        symbols=symbols,
+        texts=sorted(map(_digest, unique)),
+    )
 
 
-def assemble(capture: Capture, built: BuiltModel, example: list[list[int]]) -> Assembly:
-    """Return all that a warm start needs of a captured and built model.
+def blueprint_of(
+    capture: Capture,
+    config: CompilationConfig,
+    emit: Emit,
+    name: str,
+    example: list[list[int]],
+    passes: ChosenPasses,
+    may_pack: MayPack,
+) -> Blueprint:
+    """Return a captured call as plain data.
 
     Args:
         capture: Of a call, with a contract.
-        built: From its graph.
+        config: Of the model.
+        emit: Is told what happens.
+        name: Of the model.
         example: The shapes of the call's tensors.
+        passes: Those for whole graphs are run.
+        may_pack: Whether the weights of these names may become views of one tensor.
+
+    Raises:
+        SplitError: The graph cannot be cut.
     """
     from precast.capture.dynamo import native_digests
     from precast.stitch import SerializableFunction
 
     assert capture.contract is not None
-    capture.contract.code.extend(native_digests(built.execution.targets))
-    position = {name: i for i, name in enumerate([*capture.weights, *built.packs])}
-    names = [slot.piece if slot is not None else "" for slot in built.slots.slots]
-    return Assembly(
-        call_check=capture.call_check(sorted(built.mutated), built.narrowed),
+    num_nodes = len(capture.graph_module.graph.nodes)
+    drawing = draw(
+        capture.graph_module,
+        ranges=capture.ranges,
+        sources=capture.sources,
+        arguments=capture.entry.arguments,
+        weights=capture.weights,
+        config=config,
+        emit=emit,
+        name=name,
+        passes=passes,
+        may_pack=may_pack,
+    )
+    capture.contract.code.extend(native_digests(drawing.execution.targets))
+    position = {name: i for i, name in enumerate([*capture.weights, *drawing.packs])}
+    used = [symbol for symbols in drawing.symbols for symbol in symbols.values()]
+    return Blueprint(
+        check=capture.open_check(sorted(drawing.mutated), used),
         contract=capture.contract.to_json(),
         entry=capture.entry.to_json(),
         example=example,
-        execution=SerializableFunction(built.execution).to_json(),
-        groups=[[position[name] for name in group] for group in built.groups],
-        mutates=bool(built.mutated),
-        packs=[[position[name] for name in group] for group in built.packs.values()],
-        passes=built.passes,
-        pieces=[result.record for result in built.results],
-        rest=[position[name] for name in built.rest],
-        seconds=sum(result.seconds for result in built.results),
-        slots=list(map(list, zip(built.slot_pieces, names, strict=True))),
-        texts=built.texts,
+        execution=SerializableFunction(drawing.execution).to_json(),
+        groups=[[position[name] for name in group] for group in drawing.groups],
+        mutates=bool(drawing.mutated),
+        names=drawing.names,
+        num_guards=capture.num_guards,
+        num_nodes=num_nodes,
+        packs=[[position[name] for name in group] for group in drawing.packs.values()],
+        passes=drawing.passes,
+        pieces=drawing.pieces,
+        rest=[position[name] for name in drawing.rest],
+        slots=drawing.slots,
+        split=drawing.split,
+        symbols=drawing.symbols,
+        texts=drawing.texts,
     )
 
 
@@ -221,8 +280,13 @@ def cut_and_write(
             refused.update(dict.fromkeys(plan.partitions[call.index].nodes, "op-unsupported"))
 
 
-def packing_rule(capture: Capture, function: Any, owner: Any) -> MayPack:
-    """Return what tells whether weights, by name, may become views of one tensor."""
+def packing_rule(capture: Capture, function: Any, owner: Any, passes: ChosenPasses) -> MayPack:
+    """Return what tells whether weights, by name, may become views of one tensor.
+
+    By the model's own weights: where they are hollow, nothing may be packed.
+    """
+    if not passes.may_pack:
+        return pack_nothing
     assert capture.contract is not None
     binding = bind(capture.contract, function, owner)
     if isinstance(binding, Reason):
@@ -237,7 +301,7 @@ def pack_nothing(names: Sequence[str]) -> bool:
 
 
 class GraphChanges:
-    """What passes did to a whole graph: `packs` as in `BuiltModel`, and a row for each pass."""
+    """What passes did to a whole graph: `packs` as in `Drawing`, and a row for each pass."""
 
     def __init__(self) -> None:
         self.packs: dict[str, list[str]] = {}
@@ -265,13 +329,17 @@ def _run_passes(
 
 
 def digests_of_texts(
-    capture: Capture, config: CompilationConfig, packs: Sequence[Sequence[int]]
+    capture: Capture,
+    config: CompilationConfig,
+    passes: ChosenPasses,
+    packs: Sequence[Sequence[int]],
 ) -> list[str]:
     """Return the digests of the texts of a capture's pieces, as an assembly keeps them.
 
     Args:
         capture: Of a call.
         config: Of the model.
+        passes: As the assembly's; only those for whole graphs count.
         packs: Of the assembly: these weights are packed again, and no others.
 
     Raises:
@@ -288,7 +356,7 @@ def digests_of_texts(
         config=config,
         emit=lambda _: None,
         name="",
-        passes=choose(config.passes) if config.use_inductor else NO_PASSES,
+        passes=passes,
         may_pack=lambda names: names in known if len(names) > 1 else names[0] in every,
     )
     return sorted({_digest(found.piece.text) for found in written.values()})
@@ -384,83 +452,6 @@ def _autocast_of(autocasts: Sequence[Sequence[str]]) -> tuple[str, str] | None:
     return device, dtype.removeprefix("torch.")
 
 
-def _stitch(
-    stitched: StitchGraph,
-    written: Mapping[int, WrittenPiece],
-    unique: Mapping[str, int],
-    results: list[PieceResult],
-    arguments: Sequence[str],
-    split: str,
-    changes: GraphChanges,
-) -> BuiltModel:
-    from precast.stitch import generate_execution_code
-
-    graph = stitched.module.graph
-    nodes = {node.target: node for node in graph.find_nodes(op="call_module")}
-    narrowed: dict[str, SymbolRange] = {}
-    for call in stitched.pieces:
-        node, piece = nodes[call.name], written[call.index]
-        # Compiled code takes tensors only: sizes it reads from their shapes.
-        node.args = tuple(node.args[i] for i in piece.kept_inputs)
-        result = results[unique[piece.piece.text]]
-        for symbol, bounds in result.ranges.items():
-            _narrow(narrowed, piece.symbols[symbol], bounds)
-    _order_placeholders(graph, arguments)
-    execution = generate_execution_code(stitched.module, stitched.weight_groups)
-    slots = SlotTable()
-    slot_pieces: list[int | None] = []
-    by_index = {call.index: call for call in stitched.pieces}
-    for index in range(len(execution.piece_names)):
-        found = by_index.get(index)
-        if found is None or execution.piece_names[index] is None:
-            slots.add(None, None)
-            slot_pieces.append(None)
-            continue
-        number = unique[written[index].piece.text]
-        result = results[number]
-        slots.add(result.call, slot_of(found.region or found.name, result))
-        slot_pieces.append(number)
-    groups = stitched.weight_groups
-    return BuiltModel(
-        execution=execution,
-        groups=[groups.get(i, []) for i in range(len(execution.piece_names))],
-        rest=[name for name in execution.arguments if name not in arguments],
-        mutated=_mutated(stitched),
-        packs=changes.packs,
-        passes=changes.rows,
-        results=results,
-        slot_pieces=slot_pieces,
-        slots=slots,
-        split=split,
-        texts=sorted(map(_digest, unique)),
-        narrowed=narrowed,
-    )
-
-
-def _narrow(ranges: dict[str, SymbolRange], symbol: str, bounds: Sequence[int | None]) -> None:
-    from precast.graph.piece import SymbolRange
-
-    low, high = bounds
-    known = ranges.get(symbol)
-    if known is not None:
-        low = max(low or 0, known.low)
-        highs = [value for value in (high, known.high) if value is not None]
-        high = min(highs, default=None)
-    ranges[symbol] = SymbolRange(low=low or 0, high=high)
-
-
-def slot_of(name: str, result: PieceResult) -> Slot:
-    """Describe what a slot runs."""
-    return Slot(
-        name,
-        compiler=result.compiler,
-        tier="cache" if result.from_cache else None,
-        reason=result.reason,
-        seconds_saved=result.seconds if result.from_cache else 0.0,
-        passes=result.passes,
-    )
-
-
 def _order_placeholders(graph: torch.fx.Graph, arguments: Sequence[str]) -> None:
     """Put the call's arguments last, in the order in which the entry code passes them."""
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
@@ -525,17 +516,19 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     ranges = symbol_ranges(example.node.shape_env) if example is not None else {}
     eager = graph_module.forward
     try:
-        built = build_model(
+        drawing = draw(
             _copy_graph(graph_module),
             ranges=ranges,
             sources={},
             arguments=names,
             weights=(),
             config=session.config,
-            manager=session.manager,
             emit=session.emit,
             name=session.name,
+            passes=session.passes,
+            may_pack=pack_nothing,
         )
+        results = session.manager.compile(drawing.pieces, drawing.names)
     except PrecastError as error:
         if session.config.on_error == "raise":
             raise
@@ -543,11 +536,12 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
         return eager
     finally:
         session.manager.close()
-    execute = built.execution.compile()
-    callables = built.slots.callables
-    extra: tuple[Any, ...] = ([],) if built.execution.takes_weights else ()
-    positions = [names.index(name) for name in built.execution.arguments]
-    limits = _limits(graph_module, built.narrowed)
+    execution = drawing.execution
+    execute = execution.compile()
+    callables = slot_table(drawing.slots, results).callables
+    extra: tuple[Any, ...] = ([],) if execution.takes_weights else ()
+    positions = [names.index(name) for name in execution.arguments]
+    limits = _limits(graph_module, narrowed_ranges(drawing.slots, drawing.symbols, results))
 
     def run(*args: Any) -> Any:
         for position, dim, bounds in limits:

@@ -26,6 +26,7 @@ class Candidates:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._unsound: set[str] = set()
+        self._next: dict[str, str] = {}  # For each key the first name that was not there.
 
     def sound(self, key: str, known: Set[str], function: FunctionType) -> Iterator[LoadedAssembly]:
         """Load one stored assembly after the other, those that are not sound left out.
@@ -41,6 +42,7 @@ class Candidates:
                 continue
             manifest = self._session.loader.manifest(candidate)
             if manifest is None:
+                self._next[key] = candidate
                 return
             try:
                 loaded = self._open(manifest, candidate, function)
@@ -53,8 +55,14 @@ class Candidates:
                 continue
             if loaded is None:
                 self._reject(candidate, "an artifact of it is missing or damaged")
-                continue
-            yield loaded
+            elif isinstance(loaded, str):
+                self._reject(candidate, loaded, "stale-assembly")
+            else:
+                yield loaded
+
+    def is_new(self, key: str) -> bool:
+        """Whether there is an assembly that was not when `sound` came to its end."""
+        return key in self._next and self._session.loader.peek(self._next[key]) is not None
 
     def free_name(self, key: str, known: Set[str], assembly: Assembly) -> str:
         """Return the first name that no sound other assembly has, or the last one to replace."""
@@ -67,14 +75,14 @@ class Candidates:
                 return candidate
         return f"{key}-{_MOST_CANDIDATES - 1}"
 
-    def _reject(self, key: str, problem: str) -> None:
+    def _reject(self, key: str, problem: str, code: str = "artifact-incompatible") -> None:
         self._unsound.add(key)
         self._session.emit(
             AssemblyRejected(
                 self._session.name,
                 key,
                 Reason(
-                    "artifact-incompatible",
+                    code,
                     f"{problem}; the model is captured again",
                     "nothing to do: a new assembly takes its place",
                 ),
@@ -83,11 +91,16 @@ class Candidates:
 
     def _open(
         self, manifest: Mapping[str, Any], key: str, function: FunctionType
-    ) -> LoadedAssembly | None:
-        """Load the code of a stored assembly; None where an artifact is not sound."""
+    ) -> LoadedAssembly | str | None:
+        """Load the code of a stored assembly; None where an artifact is not sound.
+
+        A text says why it is not to be used any more although it is sound.
+        """
         assembly = Assembly.from_json(manifest)
         calls = []
         for record in assembly.pieces:
+            if not self._session.manager.still_stands(record):
+                return "a piece of it failed, and may be tried again now"
             call = self._session.manager.load(
                 record, name=self._session.name, unsigned=is_unsigned(manifest)
             )
@@ -100,8 +113,23 @@ class Candidates:
                 slots.add(None, None)
                 continue
             record = assembly.pieces[number]
-            slots.add(calls[number], _slot_of_record(name, record))
+            slots.add(calls[number], self._slot_of_record(name, record))
         return open_assembly(assembly, key, slots, function)
+
+    def _slot_of_record(self, name: str, record: Mapping[str, Any]) -> Slot:
+        reason = self._session.manager.reason_of(record)
+        timing = record.get("timing")
+        if "eager" in record:
+            return Slot(name, compiler="eager", reason=reason, timing=timing)
+        return Slot(
+            name,
+            compiler=record["compiler"],
+            tier="cache",
+            reason=reason,
+            seconds_saved=record["seconds"],
+            passes=record["details"].get("passes", ()),
+            timing=timing,
+        )
 
 
 def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
@@ -113,19 +141,4 @@ def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
         and isinstance(stored, Mapping)
         and stored.get("source") == assembly.call_check["source"]
         and stored.get("constants") == assembly.call_check["constants"]
-    )
-
-
-def _slot_of_record(name: str, record: Mapping[str, Any]) -> Slot:
-    found = record.get("reason")
-    reason = None if found is None else Reason(**found)
-    if "eager" in record:
-        return Slot(name, compiler="eager", reason=reason)
-    return Slot(
-        name,
-        compiler=record["compiler"],
-        tier="cache",
-        reason=reason,
-        seconds_saved=record["seconds"],
-        passes=record["details"].get("passes", ()),
     )

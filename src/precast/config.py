@@ -108,6 +108,26 @@ SETTINGS: dict[str, Setting] = {
         accepts=lambda value: value is None or (isinstance(value, str) and value.strip() != ""),
         remedy="Leave it out for the disk alone",
     ),
+    "cache_max_bytes": Setting(
+        wanted="a positive number of bytes or None",
+        accepts=lambda value: value is None or (_is_whole(value) and value > 0),
+        remedy="Write whole bytes, such as 20 * 2**30, or None for no limit",
+    ),
+    "cache_max_age": Setting(
+        wanted="a positive number of seconds or None",
+        accepts=lambda value: value is None or (_is_number(value) and value > 0),
+        remedy="Write seconds, such as 90 * 86400, or None for no limit",
+    ),
+    "lease_wait": Setting(
+        wanted="a number of seconds of at least 0, or None",
+        accepts=lambda value: value is None or (_is_number(value) and 0 <= value < float("inf")),
+        remedy="Write 0 to wait for nobody, or None to wait as long as a compile may take",
+    ),
+    "failure_memory": Setting(
+        wanted="a number of seconds of at least 0",
+        accepts=lambda value: _is_number(value) and value >= 0,
+        remedy="Write 0 to try failed pieces at every start",
+    ),
     "max_compile_time": Setting(
         wanted="a positive number of seconds",
         accepts=lambda value: _is_number(value) and 0 < value < float("inf"),
@@ -151,7 +171,16 @@ SETTINGS: dict[str, Setting] = {
         accepts=lambda value: value is None or (_is_whole(value) and value >= 1),
         remedy="Leave it out to use the cores that this process may use",
     ),
-    "verify": _flag(),
+    "verify": Setting(
+        wanted="True, False or 'sample'",
+        accepts=lambda value: isinstance(value, bool) or value == "sample",
+        remedy="Write 'sample' to check some of the calls in service too",
+    ),
+    "verify_every": Setting(
+        wanted="a whole number of at least 1",
+        accepts=lambda value: _is_whole(value) and value >= 1,
+    ),
+    "keep_slower": _flag(in_key=True),
     "on_error": _choice("eager", "raise"),
     "revalidate": _choice("background", "never", "always"),
     "max_assemblies": Setting(
@@ -185,6 +214,10 @@ class CompilationConfig(Value, kw_only=True):
     trusted_keys: str | os.PathLike[str] | tuple[str | os.PathLike[str], ...] = ()
     allow_unsigned: bool = False  # Shared tiers and bundles: run code that nobody signed.
     cache_url: str | None = None  # None: "disk". Tiers, nearest first; see docs/cache.md.
+    cache_max_bytes: int | None = 20 << 30  # Of the disk tier.
+    cache_max_age: float | None = 90 * 86400.0  # Seconds since an artifact's last use.
+    lease_wait: float | None = None  # Seconds for another's compile; None: `max_compile_time`.
+    failure_memory: float = 86400.0  # Seconds until a failed piece is tried again.
     max_compile_time: float = 600.0  # Seconds for one piece.
     compiler: object = "auto"
     mode: Literal["blocking", "progressive", "cache_only"] = "blocking"
@@ -193,8 +226,10 @@ class CompilationConfig(Value, kw_only=True):
     dynamic_shapes: Any = None  # None: every size that can be.
     passes: Any = None  # None: those that proved worth it. Counts in keys by identities.
     dump_passes: str | os.PathLike[str] | None = None
-    compile_threads: int | None = None  # Pieces compiled side by side; None: the usable cores.
-    verify: bool = True
+    compile_threads: int | None = None  # Side by side; None: usable cores, half when progressive.
+    verify: Literal["sample"] | bool = True
+    verify_every: int = 1000  # With verify="sample": one call in so many.
+    keep_slower: bool = False  # Run compiled code also where eager was measured to be faster.
     on_error: Literal["eager", "raise"] = "eager"
     revalidate: Literal["background", "never", "always"] = "background"
     max_assemblies: int = 8  # Compiled signatures of one model; further ones run eager.
@@ -236,12 +271,15 @@ class CompilationConfig(Value, kw_only=True):
         return _several(self.trusted_keys)
 
     def num_compile_workers(self) -> int:
-        """Return how many pieces compile side by side: `compile_threads`, or the usable cores."""
+        """Return how many pieces compile side by side.
+
+        `compile_threads`, or the usable cores, or half of them beside a model that serves.
+        """
         if self.compile_threads is not None:
             return self.compile_threads
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        return max(1, cores // 2) if self.mode == "progressive" else cores
 
 
 class ResolvedConfig(Value):

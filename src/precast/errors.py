@@ -20,6 +20,7 @@ REASON_CODES: dict[str, str] = {
     # Getting a graph.
     "capture-failed": "no graph could be captured for the model or a part of it",
     "grad-enabled": "the call wants gradients; compiled pieces are for inference",
+    "capture-in-process": "the model cannot be sent to a child and was captured beside its calls",
     "trace-on-start": "a guard cannot be kept as data, so each start captures again",
     "random-op": "the piece draws random numbers, which compiled code would draw differently",
     "aliasing": "inputs or outputs share memory in a way that compiled code would not keep",
@@ -28,11 +29,13 @@ REASON_CODES: dict[str, str] = {
     "pass-failed": "a graph pass failed or broke an invariant and is left out",
     "foreign-op": "an operator of another library runs natively between pieces",
     "op-unsupported": "an operator has no lowering and runs natively",
+    "compile-pending": "the piece is still being compiled",
     "compile-failed": "a compiler refused a piece",
     "compile-crashed": "a compile worker died of a signal or ended without an answer",
     "compile-timeout": "a piece was still compiling when `max_compile_time` ran out",
     "compile-memory": "a compile worker outgrew `max_compile_memory`",
     "verify-mismatch": "the compiled piece does not compute what the eager one does",
+    "not-worth-it": "the compiled piece was measured to be slower than the eager one",
     # Keeping and finding it.
     "tier-failed": "a cache tier could not be read or written",
     "artifact-corrupt": "stored bytes are not what they should be",

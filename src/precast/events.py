@@ -79,6 +79,14 @@ class PieceFailed(Event):
     reason: Reason
 
 
+class FailureRemembered(Event):
+    """A piece was not tried: an earlier try failed, and its reason still holds."""
+
+    piece: str
+    key: str
+    reason: Reason
+
+
 class PieceSplit(Event):
     """A piece that outgrew a limit of its own was compiled in `parts` smaller ones."""
 
@@ -132,6 +140,17 @@ class PieceVerified(Event):
     piece: str
     key: str
     max_abs_error: float
+
+
+class PieceTimed(Event):
+    """A verified piece was timed beside eager, or its stored figures were read.
+
+    `timing` has a mapping for each set of sizes, as `compilers.timing.time_piece` returns it.
+    """
+
+    piece: str
+    key: str
+    timing: tuple[Any, ...]
 
 
 class VerifyMismatched(Event):
@@ -236,6 +255,44 @@ class ArtifactPublished(Event):
     tier: str
     num_bytes: int
     seconds: float
+
+
+class CacheCollected(Event):
+    """What was too old or too much was removed from a tier; `num_bytes` is what that freed."""
+
+    tier: str
+    num_manifests: int
+    num_blobs: int
+    num_bytes: int
+    seconds: float
+
+
+# --- One compile for all who share a tier.
+
+
+class LeaseAcquired(Event):
+    """This process does the work of this name; others wait, if they see the tier."""
+
+    name: str
+    tier: str
+
+
+class LeaseAwaited(Event):
+    """Work of another process was waited for.
+
+    `outcome`: `found` its result, `taken over` since it ended without one, or `gave up` waiting.
+    """
+
+    name: str
+    seconds: float
+    outcome: str
+
+
+class LeaseLost(Event):
+    """Another process took this one for dead and has its work now."""
+
+    name: str
+    tier: str
 
 
 # --- Assemblies: whole models.

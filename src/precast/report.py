@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
 from precast.events import AssemblyLoaded, ModelReady
 
 if TYPE_CHECKING:
-    from precast.backend import BuiltModel
+    from precast.manager import PieceResult
     from precast.serving import CompiledModel
     from precast.session import Session
 
@@ -40,6 +41,7 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
                         "from": slot.tier or "compiled here",
                         "seconds_saved": slot.seconds_saved,
                         "passes": list(slot.passes),
+                        "timing": slot.timing,
                         "reason": None if slot.reason is None else slot.reason.as_dict(),
                     }
                     for slot in loaded.slots.slots
@@ -50,13 +52,18 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
             if isinstance(loaded, LoadedAssembly)
         ],
         "reasons": [reason.as_dict() for reason in compiled.reasons],
+        "behind": compiled.behind(),
+        "not_sampled": compiled.not_sampled,
         "not_revalidated": compiled.second_look.why_not,
         "blocks": [describe(block) for block in compiled.blocks],
     }
 
 
 def emit_start(
-    session: Session, loaded: LoadedAssembly, seconds: float, built: BuiltModel | None
+    session: Session,
+    loaded: LoadedAssembly,
+    seconds: float,
+    results: Sequence[PieceResult] | None,
 ) -> None:
     """Tell that an assembly serves calls now.
 
@@ -64,12 +71,12 @@ def emit_start(
         session: Whose listeners are told.
         loaded: The assembly.
         seconds: How long its start took.
-        built: What was compiled for it; None: it was loaded, the start was warm.
+        results: What became of its pieces; None: it was loaded, the start was warm.
     """
-    is_warm = built is None
+    is_warm = results is None
     slots = [slot for slot in loaded.slots.slots if slot is not None]
     pieces = loaded.assembly.pieces
-    found = [result for result in (built.results if built else ()) if result.from_cache]
+    found = [result for result in (results or ()) if result.from_cache]
     saved = loaded.assembly.seconds if is_warm else sum(result.seconds for result in found)
     name = session.name
     if is_warm:

@@ -1,6 +1,6 @@
 """A second look at a warm start: what is traced again, when, and what its result means.
 
-How the model gets into another process is `background/revalidate.py`'s business.
+How the model gets into another process is `background/capture.py`'s business.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
 from precast.capture.fingerprint import like_example
 from precast.errors import PrecastError
 from precast.events import AssemblyRevalidated
 from precast.session import Session
+
+if TYPE_CHECKING:
+    from precast.background.ambient import Ambient
 
 # A start has better things to do than to look twice.
 REVALIDATION_DELAY_S = 10.0
@@ -41,7 +42,6 @@ class SecondLook:
         loaded: LoadedAssembly,
         function: Any,
         owner: Any,
-        device: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> bool:
@@ -51,78 +51,100 @@ class SecondLook:
             loaded: What is about to serve the call.
             function: What it serves.
             owner: The module that this is a method of; None for a function.
-            device: The device type of the call.
             args: The call's, without the owner.
             kwargs: The call's.
         """
         when = self._session.config.revalidate
         if when == "never":
             return False
-        if when == "background" and device != "cpu":
-            self.why_not = "a second look would take the model's size again on the GPU"
-            return False
-        request = self._request(loaded, function, owner, args, kwargs)
-        if request is None:
+        # Sizes decide what is dynamic: tensors of the captured call's shapes, of no values.
+        alike = like_example(args, kwargs, loaded.assembly.example)
+        if alike is None:
             self.why_not = "the captured call cannot be made again from this one"
             return False
         if when == "background":
-            self._look_behind(loaded, request)
+            self._look_behind(loaded, function, owner, *alike)
             return False
-        from precast.background.revalidate import texts_of
+        if self._session.config.mode == "progressive":
+            # In this thread, which serves nothing, but in no serving process.
+            from precast.background.ambient import Ambient
+
+            return self._look(loaded, function, owner, *alike, Ambient.now()) is False
+        from precast.background.capture import texts_of_call
 
         started = time.perf_counter()
         try:
-            texts = texts_of(request)
+            texts = texts_of_call(
+                function,
+                owner,
+                *alike,
+                self._session.config,
+                self._session.passes,
+                loaded.assembly.packs,
+            )
         except PrecastError:
             texts = []
         return not self._take_verdict(loaded, set(texts), time.perf_counter() - started)
 
-    def _request(
+    def _look_behind(
         self,
         loaded: LoadedAssembly,
         function: Any,
         owner: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> dict[str, Any] | None:
-        """Return what a second look needs; None where it would not see what the first one saw.
+    ) -> None:
+        from precast.background.ambient import Ambient
 
-        Sizes decide what is dynamic: the second look gets tensors of the captured call's shapes.
-        """
-        alike = like_example(args, kwargs, loaded.assembly.example)
-        if alike is None or loaded.assembly.contract["state"]["autocast"]:
-            return None
-        is_method = getattr(type(owner), "forward", None) is function
-        return {
-            "function": None if is_method else function,
-            "owner": owner,
-            "args": alike[0],
-            "kwargs": alike[1],
-            "config": self._session.config,
-            "packs": loaded.assembly.packs,
-            "is_inference": torch.is_inference_mode_enabled(),
-        }
-
-    def _look_behind(self, loaded: LoadedAssembly, request: dict[str, Any]) -> None:
+        ambient = Ambient.now()
         called_off = threading.Event()
         self._call_off.append(called_off.set)
 
         def run() -> None:
-            if called_off.wait(REVALIDATION_DELAY_S):
-                return
-            from precast.background.revalidate import CannotRevalidateError, ask_child
-
-            started = time.perf_counter()
-            try:
-                texts = ask_child(request, called_off)
-            except CannotRevalidateError as problem:
-                self.why_not = str(problem)
-                return
-            if not called_off.is_set():
-                self._take_verdict(loaded, texts, time.perf_counter() - started)
+            if not called_off.wait(REVALIDATION_DELAY_S):
+                self._look(loaded, function, owner, args, kwargs, ambient)
 
         # A daemon: the interpreter does not wait for it at exit, and the child ends with its pipe.
         threading.Thread(target=run, name="precast-revalidate", daemon=True).start()
+
+    def _look(
+        self,
+        loaded: LoadedAssembly,
+        function: Any,
+        owner: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ambient: Ambient,
+    ) -> bool | None:
+        """Have a child trace it again; return the verdict, None: there is none."""
+        from precast.background.capture import (
+            CalledOffError,
+            CaptureChild,
+            dump_call,
+            dump_model,
+        )
+        from precast.background.skeleton import CannotSendError
+
+        child = CaptureChild()
+        self._call_off.append(child.end)
+        started = time.perf_counter()
+        try:
+            texts = child.texts(
+                dump_model(function, owner),
+                dump_call(args, kwargs),
+                self._session.config,
+                self._session.passes,
+                loaded.assembly.packs,
+                ambient,
+            )
+        except (CannotSendError, PrecastError, OSError, ValueError) as problem:
+            self.why_not = str(problem)
+            return None
+        except CalledOffError:
+            return None
+        finally:
+            self._call_off.remove(child.end)
+        return self._take_verdict(loaded, texts, time.perf_counter() - started)
 
     def _take_verdict(self, loaded: LoadedAssembly, texts: set[str], seconds: float) -> bool:
         """Keep an assembly whose texts were found again; throw any other away. Return which."""
@@ -134,5 +156,5 @@ class SecondLook:
 
     def call_off(self) -> None:
         """Let what is under way come to nothing."""
-        for call_off in self._call_off:
+        for call_off in list(self._call_off):
             call_off()

@@ -15,7 +15,7 @@ from precast.cache.trust import NO_KEYS, Trust, open_trust
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
 from precast.graph.key import HashComputer, explain_misses, toolchain_parts
-from precast.manager import CompilerManager, check_compiler
+from precast.manager import CompilerManager, check_compiler, check_saveable
 from precast.monitoring.log import LogListener
 from precast.monitoring.stats import StatsListener
 from precast.passes.chosen import NO_PASSES, choose
@@ -54,27 +54,36 @@ class Session:
         self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)
         self.loader: CacheLoader
         self.storage: CacheStorage
+        self.manager: CompilerManager
+        is_eager = is_disabled or not config.use_inductor or config.compiler == "eager"
+        # Weights are moved only where no thread of ours may be running the model meanwhile.
+        is_alone = config.mode != "progressive" and config.verify != "sample"
+        self.passes = NO_PASSES if is_eager else choose(config.passes, may_pack=is_alone)
+        self.reopen()
+        self._hashers: dict[str, HashComputer] = {}
+        self._key_parts: dict[str, dict[str, Any]] = {}
+
+    def reopen(self) -> None:
+        """Open the cache and the compilers, anew in a forked process; what was open is let be."""
         self.loader, self.storage = open_cache(
-            config.cache_path(),
-            disabled=config.disable_compile_cache,
+            self.config.cache_path(),
+            disabled=self.config.disable_compile_cache,
             emit=self.emit,
             clock=time.perf_counter,
-            cache_url=config.cache_url,
-            further_tiers=_open_bundles(config),
-            trust=NO_KEYS if is_disabled else _open_trust(config),
+            cache_url=self.config.cache_url,
+            further_tiers=_open_bundles(self.config),
+            trust=NO_KEYS if self.is_disabled else _open_trust(self.config),
+            max_bytes=self.config.cache_max_bytes,
+            max_age_s=self.config.cache_max_age,
         )
-        is_eager = is_disabled or not config.use_inductor or config.compiler == "eager"
-        self.passes = NO_PASSES if is_eager else choose(config.passes)
         self.manager = CompilerManager(
-            config,
+            self.config,
             self.loader,
             self.storage,
             self.emit,
             self._make_service,
             passes=self.passes,
         )
-        self._hashers: dict[str, HashComputer] = {}
-        self._key_parts: dict[str, dict[str, Any]] = {}
 
     def _make_stats(self) -> StatsListener:
         """Return what keeps statistics beside the disk tier, for `precast stats`."""
@@ -117,6 +126,8 @@ class Session:
             # Pieces are compiled side by side; a pool of compile processes in each worker takes
             # longer to start than a piece's few kernels take.
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        if self.config.mode == "progressive":
+            environment["PRECAST_WORKER_NICE"] = "10"  # Calls are served beside it.
         return environment
 
     def _make_service(self) -> CompileService:
@@ -135,6 +146,7 @@ class Session:
     def close(self) -> None:
         """End workers and remove temporary files; give waiting writes a last while."""
         self.manager.close()
+        self.manager.remove_kept()
         self.storage.close()
         self.loader.close()
 
@@ -152,6 +164,8 @@ def open_session(
     """
     resolved = read_config(config, **settings)
     check_compiler(resolved.config.compiler)
+    if resolved.config.mode == "progressive":
+        check_saveable(resolved.config)
     return Session(name, resolved.config, resolved.origins, resolved.is_disabled, listeners)
 
 

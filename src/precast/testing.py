@@ -1,4 +1,4 @@
-"""What tests of a plug-in need, ours and yours: the contract of a cache tier, and faults.
+"""What tests of a plug-in need, ours and yours: contracts of a tier and its leases, and faults.
 
 ```python
 class TestMyCache(CacheContract):
@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, LeaseInterface
 
 #: Functions of `os` that `every_fault` can make fail.
 FILE_OPERATIONS = (
@@ -44,6 +45,7 @@ FILE_OPERATIONS = (
     "open",
     "read",
     "replace",
+    "rmdir",
     "stat",
     "unlink",
     "utime",
@@ -176,9 +178,79 @@ class CacheContract(ABC):
             lambda: cache.has_blob(name),
             lambda: cache.local_blob_path(name),
             lambda: cache.quarantine_blob(name, ""),
+            lambda: cache.touch_manifest(name),
+            lambda: cache.delete_blob(name),
         ):
             with pytest.raises(ValueError, match="not a"):
                 use()
+
+    def test_entries_are_all_that_is_kept(self, cache: CacheInterface) -> None:
+        """Each manifest and blob once, with its size and a time by the tier's clock."""
+        assert list(cache.entries()) == []
+        before_s = cache.now_s()
+        manifest = make_manifest(KEY, 1)
+        cache.write_manifest(KEY, manifest)
+        cache.write_manifest(OTHER_KEY, make_manifest(OTHER_KEY, "other"))
+        cache.write_blob(DIGEST, BLOB)
+        cache.delete_manifest(OTHER_KEY)
+        found = {(entry.is_manifest, entry.name): entry for entry in cache.entries()}
+        assert set(found) == {(True, KEY), (False, DIGEST)}
+        assert len(list(cache.entries())) == 2
+        # A tier may keep a blob smaller than it is, but a server's clock may count whole seconds.
+        assert found[True, KEY].num_bytes >= len(manifest)
+        assert found[False, DIGEST].num_bytes > 0
+        for entry in found.values():
+            assert before_s - 2 <= entry.used_s <= cache.now_s() + 2
+
+    def test_a_deleted_blob_is_gone(self, cache: CacheInterface) -> None:
+        """It can be written again; one that is not there is no error; manifests stay."""
+        cache.write_manifest(KEY, make_manifest(KEY, 1))
+        cache.write_blob(DIGEST, BLOB)
+        path = cache.local_blob_path(DIGEST)
+        opened = open(path, "rb") if path is not None else None  # noqa: PTH123, SIM115
+        cache.delete_blob(DIGEST)
+        cache.delete_blob(DIGEST)
+        assert cache.read_blob(DIGEST) is None
+        assert cache.has_blob(DIGEST) is False
+        assert cache.local_blob_path(DIGEST) is None
+        assert cache.read_manifest(KEY) == make_manifest(KEY, 1)
+        if opened is not None:  # A reader that had it keeps it.
+            with opened:
+                assert opened.read() == BLOB
+        cache.write_blob(DIGEST, BLOB)
+        assert cache.read_blob(DIGEST) == BLOB
+
+    def test_touching_keeps_what_is_there(self, cache: CacheInterface) -> None:
+        """Noting a use changes no byte and makes nothing; what is not there is no error."""
+        cache.touch_manifest(KEY)
+        assert list(cache.entries()) == []
+        cache.write_manifest(KEY, make_manifest(KEY, 1))
+        [before] = cache.entries()
+        cache.touch_manifest(KEY)
+        [after] = cache.entries()
+        assert after.used_s >= before.used_s
+        assert cache.read_manifest(KEY) == make_manifest(KEY, 1)
+
+    def test_sweeping_takes_no_entry(self, cache: CacheInterface) -> None:
+        """Only what is no entry, and nobody uses, may go."""
+        cache.write_manifest(KEY, make_manifest(KEY, 1))
+        cache.write_blob(DIGEST, BLOB)
+        directory = cache.link_tree({"a": DIGEST})
+        cache.sweep(3600.0)
+        assert cache.read_manifest(KEY) == make_manifest(KEY, 1)
+        assert cache.read_blob(DIGEST) == BLOB
+        assert directory is None or (Path(directory) / "a").read_bytes() == BLOB
+
+    def test_leases_if_any_are_no_entries(self, cache: CacheInterface) -> None:
+        """A tier that offers leases offers the same ones each time, and lists none of them."""
+        if cache.leases is None:
+            return
+        assert cache.leases.try_acquire(KEY, "a", 60.0)
+        assert cache.leases is not None
+        assert not cache.leases.try_acquire(KEY, "b", 60.0)
+        assert list(cache.entries()) == []
+        assert list(cache.manifest_keys()) == []
+        cache.leases.release(KEY, "a")
 
     def test_threads_see_whole_values(self, cache: CacheInterface) -> None:
         """Readers beside writers of one key see one of the values, never a mixture."""
@@ -200,6 +272,93 @@ class CacheContract(ABC):
             readers = [pool.submit(read, i) for i in range(4)]
             for future in writers + readers:
                 future.result()
+
+
+class LeaseContract(ABC):
+    """What each kind of lease promises; inherit it and say how one is made."""
+
+    @abstractmethod
+    def make_leases(self, tmp_path: Path) -> LeaseInterface:
+        """Return leases in one place, the same for each call of one test: as two processes."""
+
+    @pytest.fixture
+    def both(self, tmp_path: Path) -> tuple[LeaseInterface, LeaseInterface]:
+        """Return two views of one place."""
+        return self.make_leases(tmp_path), self.make_leases(tmp_path)
+
+    def test_one_holds_it(self, both: tuple[LeaseInterface, LeaseInterface]) -> None:
+        """Until it is released; asking again is renewing."""
+        mine, other = both
+        assert mine.try_acquire(KEY, "me", 60.0)
+        assert mine.try_acquire(KEY, "me", 60.0)
+        assert not other.try_acquire(KEY, "you", 60.0)
+        assert not mine.try_acquire(KEY, "another of my threads", 60.0)
+        assert other.try_acquire(OTHER_KEY, "you", 60.0)
+        mine.release(KEY, "me")
+        assert other.try_acquire(KEY, "you", 60.0)
+        assert not mine.renew(KEY, "me", 60.0)
+        assert other.renew(KEY, "you", 60.0)
+        other.release(KEY, "you")
+        other.release(OTHER_KEY, "you")
+
+    def test_only_the_holder_renews_and_releases(
+        self, both: tuple[LeaseInterface, LeaseInterface]
+    ) -> None:
+        """What others try is no error, and changes nothing."""
+        mine, other = both
+        assert not mine.renew(KEY, "me", 60.0)
+        mine.release(KEY, "me")
+        assert mine.try_acquire(KEY, "me", 60.0)
+        assert not other.renew(KEY, "you", 60.0)
+        other.release(KEY, "you")
+        mine.release(KEY, "another of my threads")
+        assert not other.try_acquire(KEY, "you", 60.0)
+        mine.release(KEY, "me")
+
+    def test_it_expires_unless_it_is_renewed(
+        self, both: tuple[LeaseInterface, LeaseInterface]
+    ) -> None:
+        """The old holder finds out when it renews, and cannot release what is another's."""
+        mine, other = both
+        assert mine.try_acquire(KEY, "me", 0.5)
+        deadline_s = time.monotonic() + 1.0
+        while time.monotonic() < deadline_s:
+            assert mine.renew(KEY, "me", 0.5)
+            assert not other.try_acquire(KEY, "you", 60.0)
+            time.sleep(0.05)
+        deadline_s = time.monotonic() + 30
+        while not other.try_acquire(KEY, "you", 60.0):
+            assert time.monotonic() < deadline_s, "it never expired"
+            time.sleep(0.05)
+        assert not mine.renew(KEY, "me", 60.0)
+        mine.release(KEY, "me")
+        assert not mine.try_acquire(KEY, "me", 60.0)
+        assert other.renew(KEY, "you", 60.0)
+        other.release(KEY, "you")
+
+    def test_of_many_at_once_one_gets_it(self, both: tuple[LeaseInterface, LeaseInterface]) -> None:
+        """Again and again."""
+        with ThreadPoolExecutor(8) as pool:
+            for number in range(20):
+                name = f"{KEY[:8]}-{number}"
+                got = list(
+                    pool.map(
+                        lambda i, name=name: both[i % 2].try_acquire(name, f"o{i}", 60.0), range(8)
+                    )
+                )
+                assert sum(got) == 1
+                both[got.index(True) % 2].release(name, f"o{got.index(True)}")
+
+    @pytest.mark.parametrize("name", ["", "abc", "../../etc/passwd", "AAAA"])
+    def test_names_that_are_no_keys_are_refused(
+        self, both: tuple[LeaseInterface, LeaseInterface], name: str
+    ) -> None:
+        """As in a tier."""
+        for use in (both[0].renew, both[0].try_acquire):
+            with pytest.raises(ValueError, match="not a"):
+                use(name, "me", 1.0)
+        with pytest.raises(ValueError, match="not a"):
+            both[0].release(name, "me")
 
 
 class Fault:

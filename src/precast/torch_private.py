@@ -147,14 +147,12 @@ def capture_full_graph(
     codegen_class: Any = PyCodegen
     output_class: Any = OutputGraph
     kept: list[int] = []
-    original_call = codegen_class.make_call_generated_code
-    original_property = output_class.graphargs
 
     def make_call(codegen: Any, fn_name: str) -> Any:
         everything = original_property.fget(codegen.tx.output)
         if any(argument.pass_arg_as_tensor for argument in everything):
             raise NotImplementedError("a Python float enters the graph as a tensor")
-        kept.extend(select_arguments([source_name(found.source) for found in everything]))
+        kept[:] = select_arguments([source_name(found.source) for found in everything])
         output_class.graphargs = property(lambda _: [everything[i] for i in kept])
         try:
             return original_call(codegen, fn_name)
@@ -183,6 +181,9 @@ def capture_full_graph(
         # A copy: Dynamo installs helper names, and a user's module is no place for them.
         frame = frames._get_frame(function, args, kwargs)
         frame = dataclasses.replace(frame, globals=dict(frame.globals))
+        # Read under the lock: before, another thread's patches may be in their place.
+        original_call = codegen_class.make_call_generated_code
+        original_property = output_class.graphargs
         codegen_class.make_call_generated_code = make_call
         try:
             with frames.compile_context(frames.CompileContext(frames.get_compile_id({}))):

@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", ["sanity", "sanity-warm", "llama", "llama-warm", "bert", "bert-warm"]
+    "step", ["sanity", "sanity-warm", "llama", "llama-warm", "bert", "bert-warm", "progressive"]
 )
 def test_a_step_comes_out_as_in_eager(step: str, cache: Path) -> None:
     """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,3 +276,50 @@ class Filed(EagerAdaptor):
         except ValueError as error:
             raise CompileError("?", self.name, "damaged bytes were handed out") from error
         return super().load({"piece": data}, {}, None)
+
+
+class Raising(Filed):
+    """Refuses every piece."""
+
+    name = "raising"
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        raise CompileError("?", self.name, "no such luck")
+
+
+class Hanging(Filed):
+    """Never comes to an end, and does not want to be ended."""
+
+    name = "hanging"
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(directory, "half").write_text("half a file")
+        time.sleep(600)
+        raise AssertionError
+
+
+class Narrow(Filed):
+    """Compiles for sizes up to eight only, pieces without a norm for sizes up to six."""
+
+    name = "narrow"
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        made = super().compile(piece, directory)
+        high = 8 if "norm" in piece.text else 6
+        ranges = {symbol: [allowed.low, high] for symbol, allowed in piece.symbols.items()}
+        return CompiledPiece(made.files, {"ranges": ranges})
+
+
+class Refusing(Filed):
+    """Refuses every piece as long as a variable of the environment says so."""
+
+    name = "refusing"
+
+    def identity(self) -> dict[str, str]:
+        return {"compiler": "refusing"}
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if "TEST_REFUSE" in os.environ:
+            raise CompileError("?", self.name, "not today")
+        return super().compile(piece, directory)

@@ -269,7 +269,7 @@ def test_a_directory_that_may_only_be_read(cache: Path, monkeypatch: pytest.Monk
     real = os.open
 
     def refuse(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if flags & os.O_WRONLY and str(path).startswith(str(cache)):
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(cache)):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, flags, *args, **kwargs)
 
@@ -287,7 +287,7 @@ def test_a_disabled_cache_reads_and_writes_nothing(
 ) -> None:
     """Not the cache's folder, not even a look whether it exists."""
     path = tmp_path / folder
-    start(path)
+    start(path, cache_max_bytes=None, cache_max_age=None)  # Nothing collects it later on.
     touched = []
     for operation in ("open", "stat", "mkdir", "listdir", "replace", "unlink", "link"):
         real = getattr(os, operation)

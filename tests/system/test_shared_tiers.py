@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from precast.cache import open_cache
-from precast.cache.trust import Trust
+from precast.cache.collect import prune
+from precast.cache.trust import Trust, generate_key
 from precast.events import (
     ArtifactPublished,
     ArtifactQuarantined,
+    ArtifactRefused,
     CacheHit,
     Event,
     TierFailed,
@@ -327,7 +329,7 @@ def test_a_read_only_tier_is_read_and_never_written(
     assert publisher.storage.flush(60)
     with raw_client(own_redis) as client:
         client.set(f"precast/v1/ac/{KEYS[1]}.json", b"garbage")
-        before = {name: client.get(name) for name in client.scan_iter()}
+        before = {name: client.dump(name) for name in client.scan_iter()}
         reader = make_machine(f"disk,{own_redis.url}?readonly=1&{PATIENT}")
         assert reader.load(KEYS[0])
         assert not reader.load(KEYS[1])
@@ -337,7 +339,7 @@ def test_a_read_only_tier_is_read_and_never_written(
         assert reader.storage.flush(60)
         assert reader.load(KEYS[1])
         assert not reader.load(KEYS[0])
-        assert {name: client.get(name) for name in client.scan_iter()} == before
+        assert {name: client.dump(name) for name in client.scan_iter()} == before
         assert int(client.info("commandstats")["cmdstat_set"]["calls"]) == 5
     assert not reader.seen(TierFailed)
 
@@ -369,30 +371,72 @@ storage.publish({KEYS[0]!r}, {{"note": 1}}, {{"piece.so": bytes(range(256)) * 40
     assert make_machine(f"disk,{url}").load()
 
 
-def test_a_model_is_compiled_once_for_two_machines(
-    redis_server: RedisServer, tmp_path: Path
+def test_a_shared_tier_is_collected_when_it_is_told_to(
+    shared: tuple[Server, str], make_machine: MakeMachine
 ) -> None:
     """
-    The second machine has an empty disk, and loads the assembly and its pieces from Redis.
+    By itself only the disk is. The least recently used goes first, with its blobs.
+    """
+    _, url = shared
+    machine = make_machine(f"disk,{url}")
+    for key, blob in zip(KEYS, (b"a" * 1000, b"b" * 1000, b"b" * 1000, BLOB), strict=True):
+        machine.publish(key, blob)
+    assert machine.storage.flush(60)
+    tiers = [tier for tier in machine.storage._layered.tiers if tier.is_shared]
+    arguments: dict[str, Any] = {"emit": machine.events.append, "max_bytes": None, "grace_s": -60.0}
+    [untouched] = prune(tiers, max_age_s=3600.0, **arguments)
+    assert untouched.keys == ()
+    assert untouched.num_blobs == 0
+    tiers[0].delete_manifest(KEYS[0])
+    [swept] = prune(tiers, max_age_s=3600.0, **arguments)
+    assert (swept.num_manifests, swept.num_blobs) == (0, 1)
+    arguments["max_bytes"] = 10_000
+    [trial] = prune(tiers, max_age_s=None, is_trial=True, **arguments)
+    [done] = prune(tiers, max_age_s=None, **arguments)
+    assert trial == done
+    assert set(done.keys) == set(KEYS[1:])  # Together they need more, down to the last written.
+    assert make_machine(url).load(KEYS[3]) is False
+    assert machine.load(KEYS[3])  # Its disk was not asked to shrink.
+    assert not machine.seen(TierFailed)
+
+
+def test_signed_models_are_shared_and_others_refused(
+    shared: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    From the settings to the model's output: one publishes with a key, another one trusts it, a
+    third trusts somebody else and finds nothing.
     """
     import torch
 
     import precast
     from system.models import Filed, compiled, make_net, names
 
-    url = f"disk,{redis_server.url}?prefix={tmp_path.name}&{PATIENT}"
-    x = torch.ones(3, 8)
-    settings: dict[str, Any] = {"compiler": Filed(), "cache_url": url, "allow_unsigned": True}
-    first, first_events = compiled(make_net(), tmp_path / "first", **settings)
-    with torch.inference_mode():
-        expected = first(x)
-    assert "PieceCompiled" in names(first_events)
-    assert precast.wait(first, timeout=60)
-    second, second_events = compiled(make_net(), tmp_path / "second", **settings)
-    with torch.inference_mode():
-        assert torch.equal(second(x), expected)
-    assert precast.status(second)["is_warm"]
-    assert "PieceCompiled" not in names(second_events)
-    assert precast.status(second)["settings"]["cache_url"]["value"] == url
-    for model in (first, second):
+    monkeypatch.setenv("PRECAST_WORKER_WARM", "0")
+    mine, other = (generate_key(tmp_path / name) for name in ("mine.pem", "other.pem"))
+    x = torch.linspace(-2, 2, 24).reshape(3, 8)
+
+    def start(name: str, **settings: Any) -> tuple[Any, list[Event], torch.Tensor]:
+        url = f"disk,{shared[1]}"
+        model, events = compiled(
+            make_net(), tmp_path / name, compiler=Filed(), cache_url=url, **settings
+        )
+        with torch.inference_mode():
+            result = model(x)
+        assert precast.wait(model, timeout=60)
+        return model, events, result
+
+    publisher, _, expected = start("publisher", signing_key=tmp_path / "mine.pem")
+    friend, events, result = start("friend", trusted_keys=[mine])
+    assert torch.equal(result, expected)
+    assert precast.status(friend)["is_warm"]
+    assert precast.status(friend)["settings"]["cache_url"]["value"].startswith("disk,")
+    assert "CaptureFinished" not in names(events)
+    stranger, events, result = start("stranger", trusted_keys=[other], mode="cache_only")
+    assert torch.equal(result, expected)
+    refused = [event for event in events if isinstance(event, ArtifactRefused)]
+    assert refused
+    assert all("not a trusted one" in event.reason.message for event in refused)
+    assert "AssemblyLoaded" not in names(events)
+    for model in (publisher, friend, stranger):
         precast.release(model)

@@ -28,6 +28,10 @@ UNUSABLE = {
     "trusted_keys": None,
     "allow_unsigned": "perhaps",
     "cache_url": 3,
+    "cache_max_bytes": 0,
+    "cache_max_age": -1.0,
+    "lease_wait": -1.0,
+    "failure_memory": None,
     "max_compile_time": 0,
     "compiler": None,
     "mode": "fast",
@@ -37,7 +41,9 @@ UNUSABLE = {
     "passes": 3,
     "dump_passes": "",
     "compile_threads": 0,
-    "verify": None,
+    "verify": "always",
+    "verify_every": 0,
+    "keep_slower": "often",
     "on_error": "ignore",
     "revalidate": True,
     "max_assemblies": 1.5,
@@ -109,6 +115,7 @@ def test_limits_cache_background_and_monitoring_are_not_in_the_key() -> None:
         "compiler",
         "split",
         "dynamic_shapes",
+        "keep_slower",
     ]
 
 
@@ -227,3 +234,12 @@ def test_a_user_without_a_home_gets_a_temporary_folder(monkeypatch: pytest.Monke
 def test_workers_default_to_the_usable_cores() -> None:
     assert CompilationConfig().num_compile_workers() >= 1
     assert CompilationConfig(compile_threads=3).num_compile_workers() == 3
+
+
+def test_compiling_beside_calls_leaves_them_half_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(16)), raising=False)
+    assert CompilationConfig().num_compile_workers() == 16
+    assert CompilationConfig(mode="progressive").num_compile_workers() == 8
+    assert CompilationConfig(mode="progressive", compile_threads=3).num_compile_workers() == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0})
+    assert CompilationConfig(mode="progressive").num_compile_workers() == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -17,12 +18,17 @@ from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.config import CompilationConfig
 from precast.errors import CompileError, CompileTimeoutError, ConfigError
 from precast.events import (
+    ArtifactPublished,
     ArtifactRefused,
     Event,
+    FailureRemembered,
+    LeaseAwaited,
     PieceCompiled,
     PieceFailed,
     PieceLoaded,
     PieceMissed,
+    PieceTimed,
+    TierFailed,
 )
 from precast.graph.piece import Piece
 from precast.manager import CompilerManager, check_compiler
@@ -110,6 +116,7 @@ class Setup:
         **settings: Any,
     ) -> None:
         self.events: list[Event] = []
+        self.now_s = 1_000_000.0
         config = CompilationConfig(compiler=compiler, **settings)
         self.service = HereService(compiler, answer)
         self.loader, storage = open_cache(
@@ -121,7 +128,12 @@ class Setup:
             trust=trust,
         )
         self.manager = CompilerManager(
-            config, self.loader, storage, self.events.append, lambda: self.service
+            config,
+            self.loader,
+            storage,
+            self.events.append,
+            lambda: self.service,
+            wall_clock=lambda: self.now_s,
         )
 
     def kinds(self, *wanted: type) -> list[str]:
@@ -291,7 +303,8 @@ def test_a_piece_that_cannot_be_compiled_stays_eager_with_the_reason(
     assert result.reason.code in ("compile-timeout", "verify-mismatch")
     assert setup.kinds(PieceFailed) == ["PieceFailed"]
     assert result.record is not None
-    assert not any(tmp_path.rglob("ac/*.json")), "nothing was published"
+    [note] = tmp_path.rglob("ac/*/*.json")
+    assert note.name.startswith("failed-"), "no artifact was published"
 
 
 def test_on_error_raise_raises(tmp_path: Path) -> None:
@@ -339,3 +352,398 @@ def test_workers_end_once(tmp_path: Path) -> None:
 def test_what_is_no_compiler_is_refused() -> None:
     with pytest.raises(ConfigError, match="is_saveable"):
         check_compiler(object())
+
+
+SLOW = (
+    {
+        "sizes": {},
+        "compiled_s": 2e-6,
+        "eager_s": 1e-6,
+        "compiled_best_s": 2e-6,
+        "eager_best_s": 1e-6,
+        "num_turns": 25,
+        "slower_turns": 25,
+    },
+)
+
+
+class SlowCodeService(HereService):
+    """Its code was measured to be slower than eager."""
+
+    def submit(self, job: CompileJob) -> Future[JobResult]:
+        done = super().submit(job).result()
+        future: Future[JobResult] = Future()
+        future.set_result(done.replace(timing=SLOW))
+        return future
+
+
+def test_code_that_is_slower_than_eager_is_kept_but_not_run(tmp_path: Path) -> None:
+    """Later starts know it without measuring anew; `keep_slower` runs it all the same."""
+    for number in range(2):
+        setup = Setup(tmp_path, Planted())
+        setup.service = SlowCodeService(Planted())
+        [result] = setup.manager.compile([TINY], ["tiny"])
+        assert len(setup.service.jobs) == 1 - number
+        assert result.compiler == "eager"
+        assert result.reason is not None
+        assert result.reason.code == "not-worth-it"
+        assert "2 µs where eager takes 1 µs" in result.reason.message
+        assert result.record is not None
+        assert list(result.record["timing"]) == list(SLOW)
+        assert setup.kinds(PieceTimed) == ["PieceTimed"]
+    forced = Setup(tmp_path, Planted(), keep_slower=True)
+    [result] = forced.manager.compile([TINY], ["tiny"])
+    assert (result.compiler, result.from_cache) == ("planted", True)
+
+
+def test_each_result_is_told_of_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    other = Piece.from_json({**TINY.to_json(), "text": TINY.text + "\n"})
+    setup = Setup(tmp_path, Planted())
+    told: list[int] = []
+    results = setup.manager.compile(
+        [TINY, other],
+        ["tiny", "other"],
+        order=[1, 0],
+        on_result=lambda number, _result: told.append(number),
+    )
+    assert [job.name for job in setup.service.jobs] == ["other", "tiny"]
+    assert sorted(told) == [0, 1]
+    assert [result.compiler for result in results] == ["planted", "planted"]
+
+
+# -- failures are remembered
+
+
+def try_again(root: Path, answer: Any = None, **settings: Any) -> Setup:
+    """Start anew, later by `after_s`, and compile `TINY`."""
+    after_s = settings.pop("after_s", 60.0)
+    setup = Setup(root, Planted(), answer, **settings)
+    setup.now_s += after_s
+    setup.manager.compile([TINY], ["tiny"])
+    return setup
+
+
+TIMEOUT = CompileTimeoutError("tiny", "planted", 600.0)
+
+
+def refusal(*codes: str) -> JobResult:
+    return JobResult(
+        compiler=None,
+        files={},
+        details={},
+        seconds=0.0,
+        verify=None,
+        failures=tuple(CompileFailure("planted", code, "no") for code in codes),
+        worker_pid=1,
+    )
+
+
+def test_a_failed_piece_is_not_tried_at_the_next_start(tmp_path: Path) -> None:
+    """It says since when, and until when."""
+    try_again(tmp_path, TIMEOUT, after_s=0)
+    again = Setup(tmp_path, Planted())
+    [result] = again.manager.compile([TINY], ["tiny"])
+    assert again.service.jobs == []
+    assert result.reason is not None
+    assert result.reason.code == "compile-timeout"
+    assert "remembered from 1970-01-12 13:46 UTC" in result.reason.message
+    assert "tried again after 1970-01-13 13:46 UTC" in result.reason.message
+    assert "max_compile_time" in result.reason.remedy
+    assert again.kinds(FailureRemembered, PieceFailed) == ["FailureRemembered"]
+    assert result.call([torch.ones(2, 4)])[0].sum() == 16
+
+
+@pytest.mark.parametrize(
+    ("failed_with", "now_with"),
+    [
+        ({}, {"after_s": 86401.0}),
+        ({"failure_memory": 0.0}, {}),
+        ({}, {"failure_memory": 0.0}),
+        ({}, {"after_s": -2 * 86400.0}),
+        ({}, {"max_compile_time": 1200.0}),
+    ],
+    ids=["expired", "not kept", "not wanted", "from the future", "more time"],
+)
+def test_a_failure_is_tried_again(
+    tmp_path: Path, failed_with: dict[str, Any], now_with: dict[str, Any]
+) -> None:
+    """When it is old, from a clock that was wrong, or the user has given it more."""
+    try_again(tmp_path, TIMEOUT, after_s=0, **failed_with)
+    again = try_again(tmp_path, **now_with)
+    assert len(again.service.jobs) == 1
+    assert again.kinds(PieceCompiled, FailureRemembered) == ["PieceCompiled"]
+    assert not list(tmp_path.rglob("failed-*")), "it is forgotten"
+
+
+def test_another_machine_or_compiler_tries_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A refusal counts on all machines, what ran out of time only where it did.
+    """
+    from precast.cache import failures
+
+    for number, (answer, is_tried) in enumerate(
+        [(TIMEOUT, True), (refusal("compile-failed"), False), (refusal("verify-mismatch"), False)]
+    ):
+        root = tmp_path / str(number)
+        try_again(root, answer, after_s=0)
+        with monkeypatch.context() as patched:
+            patched.setattr(failures, "machine_identity", lambda: "another")
+            assert len(try_again(root).service.jobs) == is_tried
+        if not is_tried:
+            monkeypatch.setenv("CXX", "no-such-compiler")
+            assert len(try_again(root).service.jobs) == 1
+            monkeypatch.delenv("CXX")
+
+
+def test_a_compile_that_was_called_off_says_nothing_of_the_piece(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted())
+
+    def close_then_fail(job: CompileJob) -> Future[JobResult]:
+        setup.manager.close()
+        future: Future[JobResult] = Future()
+        future.set_exception(CompileError("tiny", "planted", "the compile service was closed"))
+        return future
+
+    setup.service.submit = close_then_fail  # type: ignore[method-assign]
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.compiler == "eager"
+    assert result.record is not None
+    assert not setup.manager.still_stands(result.record)
+    assert len(try_again(tmp_path).service.jobs) == 1
+
+
+def test_a_record_of_a_failed_piece_counts_as_long_as_the_failure(tmp_path: Path) -> None:
+    """
+    An assembly that holds it must not pin it for ever.
+    """
+    setup = Setup(tmp_path, Planted(), TIMEOUT)
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.record is not None
+    assert setup.manager.still_stands(result.record)
+    reason = setup.manager.reason_of(result.record)
+    assert reason is not None
+    assert "remembered from" in reason.message
+    setup.now_s += 86401
+    assert not setup.manager.still_stands(result.record)
+    assert not setup.manager.still_stands({**result.record, "failure": None})
+    assert setup.manager.still_stands({**result.record, "reason": None, "failure": None})
+
+
+def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), TIMEOUT)
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.record is not None
+    failure = result.record["failure"]
+    for bad in (
+        {},
+        {**failure, "failed_s": "yesterday"},
+        {**failure, "reason": {"code": "nonsense", "message": "", "remedy": ""}},
+        {**failure, "reason": None},
+    ):
+        assert not setup.manager.still_stands({**result.record, "failure": bad})
+
+
+# -- one compile for all
+
+
+class SlowService(HereService):
+    """Takes its time, in a thread of its own, as workers do."""
+
+    def __init__(self, compiler: Planted, answer: Any, takes_s: float) -> None:
+        super().__init__(compiler, answer)
+        self.takes_s = takes_s
+        self.is_started = threading.Event()
+
+    def submit(self, job: CompileJob) -> Future[JobResult]:
+        self.is_started.set()
+        future: Future[JobResult] = Future()
+
+        def run() -> None:
+            time.sleep(self.takes_s)
+            inner = super(SlowService, self).submit(job)
+            if inner.exception() is not None:
+                future.set_exception(inner.exception())
+            else:
+                future.set_result(inner.result())
+
+        threading.Thread(target=run).start()
+        return future
+
+
+def slow_setup(root: Path, takes_s: float, answer: Any = None, **settings: Any) -> Setup:
+    setup = Setup(root, Planted(), **settings)
+    setup.service = SlowService(setup.service.compiler, answer, takes_s)
+    return setup
+
+
+def in_thread(setup: Setup) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: results.extend(setup.manager.compile([TINY], ["tiny"]))
+    )
+    thread.start()
+    return thread, results
+
+
+def outcomes(setup: Setup) -> list[str]:
+    return [event.outcome for event in setup.events if isinstance(event, LeaseAwaited)]
+
+
+def test_what_another_compiles_is_waited_for_and_loaded(tmp_path: Path) -> None:
+    first, second = slow_setup(tmp_path, 0.5), slow_setup(tmp_path, 0.0)
+    thread, mine = in_thread(first)
+    assert first.service.is_started.wait(10)
+    [result] = second.manager.compile([TINY], ["tiny"])
+    thread.join()
+    assert result.from_cache
+    assert result.call(X)[0].sum() == 12
+    assert mine[0].call(X)[0].sum() == 12
+    assert second.service.jobs == []
+    assert outcomes(second) == ["found"]
+    assert list((tmp_path / "v1" / "lease").iterdir()) == []
+
+
+def test_a_failure_of_another_is_not_repeated(tmp_path: Path) -> None:
+    first, second = slow_setup(tmp_path, 0.5, refusal("compile-failed")), slow_setup(tmp_path, 0.0)
+    thread, _ = in_thread(first)
+    assert first.service.is_started.wait(10)
+    [result] = second.manager.compile([TINY], ["tiny"])
+    thread.join()
+    assert second.service.jobs == []
+    assert result.reason is not None
+    assert "remembered" in result.reason.message
+    assert outcomes(second) == ["found"]
+
+
+def test_nobody_waits_longer_than_allowed(tmp_path: Path) -> None:
+    """
+    Then it compiles for itself, and what was published meanwhile is not published again.
+    """
+    first = slow_setup(tmp_path, 1.0)
+    second = slow_setup(tmp_path, 2.0, lease_wait=0.2)
+    thread, _ = in_thread(first)
+    assert first.service.is_started.wait(10)
+    [result] = second.manager.compile([TINY], ["tiny"])
+    thread.join()
+    assert outcomes(second) == ["gave up"]
+    assert len(second.service.jobs) == 1
+    assert result.from_cache
+    assert second.kinds(ArtifactPublished, PieceCompiled) == []
+
+
+def test_what_a_dead_holder_left_is_taken_over(tmp_path: Path) -> None:
+    setup = slow_setup(tmp_path, 0.0)
+    leases = DiskCache(tmp_path).leases
+    assert leases is not None
+    work = setup.manager._work_name(TINY)
+    assert leases.try_acquire(work, "dead", 0.5)
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert outcomes(setup) == ["taken over"]
+    assert not result.from_cache
+    assert result.call(X)[0].sum() == 12
+
+
+def test_a_place_for_leases_that_is_away_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "lease").write_text("a file where the folder should be")
+    setup = Setup(tmp_path, Planted())
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.call(X)[0].sum() == 12
+    assert setup.kinds(TierFailed) == ["TierFailed"]
+
+
+def test_closing_ends_the_waiting(tmp_path: Path) -> None:
+    setup = slow_setup(tmp_path, 0.0)
+    leases = DiskCache(tmp_path).leases
+    assert leases is not None
+    assert leases.try_acquire(setup.manager._work_name(TINY), "other", 600.0)
+    thread, results = in_thread(setup)
+    time.sleep(0.2)
+    setup.manager.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert results[0].compiler == "eager"
+    leases.release(setup.manager._work_name(TINY), "other")
+
+
+def test_one_of_several_has_its_turn(tmp_path: Path) -> None:
+    """
+    The others get what it made; where it leaves nothing, they do not wait one after the other.
+    """
+    managers = [Setup(tmp_path, Planted()).manager for _ in range(3)]
+    made: list[int] = []
+    turns: list[str] = []
+
+    def take(i: int, makes: bool) -> None:
+        work = "work-1" if makes else "work-2"
+        with managers[i].turn(work, lambda: bool(made), lambda: made[0] if made else None) as found:
+            turns.append("found" if found is not None else "did it")
+            if found is None:
+                time.sleep(0.5)
+                if makes:
+                    made.append(i)
+                else:
+                    managers[i].remember(work, TIMEOUT.reason, ("capture-failed",))
+
+    for makes, expected in ((True, ["did it", "found", "found"]), (False, ["did it"] * 3)):
+        made.clear()
+        turns.clear()
+        started = time.monotonic()
+        threads = [threading.Thread(target=take, args=(i, makes)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert turns == expected
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("trust", [NO_KEYS, Trust(allow_unsigned=True)], ids=["none", "unsigned"])
+def test_nobody_waits_for_what_may_not_be_used(tmp_path: Path, trust: Trust) -> None:
+    """
+    Without keys, or with pickles that nobody signed, what others publish is refused: a fleet
+    would do the same work one process after the other.
+    """
+    shared = tmp_path / "shared"
+
+    def setup(name: str, takes_s: float) -> Setup:
+        return slow_setup(tmp_path / name, takes_s, shared=shared, trust=trust)
+
+    setup("before", 0.0).manager.compile([TINY], ["tiny"])
+    first, second = setup("first", 2.0), setup("second", 0.0)
+    thread, mine = in_thread(first)
+    assert first.service.is_started.wait(10)
+    [result] = second.manager.compile([TINY], ["tiny"])
+    assert not mine, "it was not waited for"
+    thread.join()
+    assert len(second.service.jobs) == 1
+    assert result.call(X)[0].sum() == 12
+    assert outcomes(second) == []
+
+
+def test_who_holds_the_lease_of_a_whole_waits_for_no_part(tmp_path: Path) -> None:
+    """
+    Two that wait for parts which the other one holds would wait until they give up.
+    """
+    setup = slow_setup(tmp_path, 0.0)
+    leases = DiskCache(tmp_path).leases
+    assert leases is not None
+    assert leases.try_acquire(setup.manager._work_name(TINY), "other", 600.0)
+    [result] = setup.manager.compile([TINY], ["tiny"], may_wait=False)
+    leases.release(setup.manager._work_name(TINY), "other")
+    assert result.call(X)[0].sum() == 12
+    assert len(setup.service.jobs) == 1
+    assert outcomes(setup) == []
+
+
+def test_a_record_in_parts_stands_as_long_as_each_part_does(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), refusal("compile-failed"))
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    sound = {"key": "k", "compiler": "planted", "details": {}, "files": {}}
+    whole = {"kind": "parts", "details": {"records": [sound, result.record]}}
+    assert setup.manager.still_stands(whole)
+    setup.now_s += 2 * 86400.0
+    assert not setup.manager.still_stands(whole)
+    assert setup.manager.still_stands({"kind": "parts", "details": {"records": [sound]}})

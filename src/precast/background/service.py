@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from precast.background.limits import end_process
 from precast.background.usage import UsageMeter, processes_of
+from precast.cache.scratch import OwnFolder
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import (
     CompileCrashedError,
@@ -343,6 +344,7 @@ class CompileService:
             failures=tuple(failures),
             worker_pid=pid,
             peak_bytes=peak_bytes,
+            timing=tuple(answer.get("timing", ())),
         )
 
 
@@ -374,7 +376,9 @@ class _Worker:
 
     def __init__(self, environment: Mapping[str, str], memory_bytes: int | None) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`.
-        self._folder = tempfile.mkdtemp(prefix="precast-worker-")
+        # Should both be killed, the next collection of a cache removes it.
+        self._own_folder = OwnFolder("worker")
+        self._folder = self._own_folder.make()
         env = {
             **{name: value for name, value in os.environ.items() if name != "TMPDIR"},
             # A killed g++ leaves its files behind: it asks TMPDIR, then TMP for a place. Python
@@ -493,6 +497,7 @@ class _Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._own_folder.close()
 
     def _signal(self, kind: signal.Signals) -> None:
         # The tree as well as the group: a child may have made a group of its own.

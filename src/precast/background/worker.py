@@ -6,7 +6,7 @@ standard output when we started. What compilers print goes to standard error.
     job:      {"id", "piece", "compilers": [name or "module:attribute"], "directory", "verify",
                "imports": [module], "passes": [[kind, text]], "dump_passes", "is_retry"}
     started:  {"id", "started": compiler}                      before each compiler
-    answer:   {"id", "compiler", "files", "details", "seconds", "verify", "failures"}
+    answer:   {"id", "compiler", "files", "details", "seconds", "verify", "timing", "failures"}
     failure:  {"id", "failures": [{"compiler", "code", "message"}]}
 
 A worker verifies what it compiled: code that crashes takes the worker down, not a server. It knows
@@ -44,7 +44,7 @@ def main() -> None:
     """Answer jobs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    lower_priority()
+    lower_priority(int(os.environ.get("PRECAST_WORKER_NICE") or 5))
     die_with_parent(
         int(os.environ["PRECAST_WORKER_PARENT"]), os.environ.get("PRECAST_WORKER_FOLDER")
     )
@@ -113,6 +113,8 @@ def load_compiler(name: str) -> Any:
 def _compile(
     name: str, piece: Piece, directory: str, job: Mapping[str, Any], passes: PassRun
 ) -> dict[str, Any]:
+    from precast.compilers.timing import time_piece
+
     compiler = load_compiler(name)
     if compiler.is_saveable:
         # What Inductor leaves behind is of no use to others; folders of one service share it.
@@ -135,9 +137,11 @@ def _compile(
     if rows := passes.reports():
         details["passes"] = rows
     verified = None
+    timing: list[dict[str, Any]] = []
     if job.get("verify", True):
         run = compiler.load(details, compiled.files, improved)
         verified = _verify(piece, run, details, name, is_retry=bool(job.get("is_retry")))
+        timing = time_piece(piece, run, verified["sizes"])
     else:
         unproven = details.get("unproven", {})
         _leave_out(piece, details, [(name, n) for name, sizes in unproven.items() for n in sizes])
@@ -147,6 +151,7 @@ def _compile(
         "files": dict(compiled.files),
         "details": details,
         "verify": verified,
+        "timing": timing,
     }
 
 

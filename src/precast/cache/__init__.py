@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from precast.cache.collect import Collector
     from precast.cache.interface import CacheInterface
     from precast.cache.trust import Trust
+    from precast.cache.writer import BackgroundWriter
     from precast.events import Emit
 
 __all__ = ["CacheLoader", "CacheStorage", "DiskCache", "MemoryCache", "ScratchCache", "open_cache"]
@@ -34,6 +36,8 @@ def open_cache(
     further_tiers: Sequence[CacheInterface] = (),
     trust: Trust = NO_KEYS,
     cache_url: str | None = None,
+    max_bytes: int | None = None,
+    max_age_s: float | None = None,
 ) -> tuple[CacheLoader, CacheStorage]:
     """Return what reads and what writes the cache of one model. Touches no disk yet.
 
@@ -47,34 +51,45 @@ def open_cache(
         further_tiers: Asked after the others; left alone where the cache is disabled.
         trust: Signs what is published, and says what of shared tiers may be used.
         cache_url: The tiers after memory, nearest first (`chain.py`); None: the disk alone.
+        max_bytes: Of each tier that keeps files here; None: any number. Others are collected by
+            their servers, or by `precast cache prune`.
+        max_age_s: Since the last use of what is in those tiers; None: any time.
 
     Raises:
         ConfigError: The chain is not usable.
     """
-    if cache_url is not None and not disabled:
+    scratch: ScratchCache | None = None
+    writer: BackgroundWriter | None = None
+    read_only: frozenset[str] = frozenset()
+    tiers: tuple[CacheInterface, ...]
+    if disabled:
+        scratch = ScratchCache()
+        tiers = (MemoryCache(), scratch)
+    elif cache_url is None:
+        tiers = (MemoryCache(), DiskCache(cache_dir), *further_tiers)
+    else:
         # Imported here, since most starts have no other tier than the disk.
         from precast.cache.chain import open_chain
 
         chain = open_chain(cache_url, cache_dir, emit, clock)
-        all_tiers = (*chain.tiers, *further_tiers)
-        return (
-            CacheLoader(all_tiers, emit, clock, trust=trust, writer=chain.writer),
-            CacheStorage(
-                all_tiers,
-                emit,
-                clock,
-                trust=trust,
-                writer=chain.writer,
-                read_only=chain.read_only,
-            ),
-        )
-    scratch = ScratchCache() if disabled else None
-    tiers: tuple[CacheInterface, ...] = (
-        (MemoryCache(), DiskCache(cache_dir), *further_tiers)
-        if scratch is None
-        else (MemoryCache(), scratch)
-    )
+        tiers = (*chain.tiers, *further_tiers)
+        writer, read_only = chain.writer, chain.read_only
+
+    def make_collector() -> Collector:
+        from precast.cache.collect import Collector  # Few starts publish.
+
+        return Collector(tiers, emit, clock, max_bytes=max_bytes, max_age_s=max_age_s)
+
+    is_bounded = not disabled and (max_bytes is not None or max_age_s is not None)
     return (
-        CacheLoader(tiers, emit, clock, scratch=scratch, trust=trust),
-        CacheStorage(tiers, emit, clock, trust=trust),
+        CacheLoader(tiers, emit, clock, scratch=scratch, trust=trust, writer=writer),
+        CacheStorage(
+            tiers,
+            emit,
+            clock,
+            trust=trust,
+            writer=writer,
+            read_only=read_only,
+            make_collector=make_collector if is_bounded else None,
+        ),
     )

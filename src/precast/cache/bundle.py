@@ -17,7 +17,14 @@ from hashlib import sha256
 
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_body, encode_manifest
-from precast.cache.names import check_digest, check_key, is_digest, is_file_name, is_key
+from precast.cache.names import (
+    check_digest,
+    check_key,
+    is_digest,
+    is_file_name,
+    is_internal_key,
+    is_key,
+)
 from precast.cache.trust import NO_KEYS, is_unsigned, mark_unsigned
 from precast.errors import (
     ArtifactCorruptError,
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, Entry
     from precast.cache.trust import Trust
     from precast.events import Emit, Event
 
@@ -180,6 +187,7 @@ class BundleCache:
     is_in_memory = False
     is_shared = True  # Whoever made the file wrote it: its manifests need signatures.
     keeps_files = False
+    leases = None
 
     def __init__(
         self, path: str | os.PathLike[str], *, parts_of: PartsOf = parts_without_torch
@@ -261,6 +269,31 @@ class BundleCache:
         check_digest(digest)
         self._set_aside.add(digest)
         return f"{self.path} (left where it is, not read again)"
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)  # A bundle does not change, and nothing in it grows old.
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        raise self._read_only("delete blob")
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._store_errors("list entries") as bundle:
+            found = [
+                Entry(is_manifest, name, entry.size, 0.0)
+                for is_manifest, part in ((True, bundle.manifests), (False, bundle.blobs))
+                for name, entry in part.items()
+                if name not in self._set_aside
+            ]
+        return iter(found)
+
+    def now_s(self) -> float:
+        return 0.0
+
+    def sweep(self, grace_s: float) -> None:
+        pass  # Nothing lies in it but entries.
 
     def _read_only(self, operation: str) -> StoreError:
         return StoreError(self.name, operation, "a bundle is never written")
@@ -580,7 +613,7 @@ def _gather(
             raise BundleIncompleteError(path, f"no tier has {key}{why}")
 
     if keys is None:
-        for key in sorted(cache.manifest_keys()):
+        for key in sorted(key for key in cache.manifest_keys() if not is_internal_key(key)):
             manifest = cache.find_manifest(key)  # What may not be used stays away.
             if manifest is not None:
                 found[key] = manifest.payload

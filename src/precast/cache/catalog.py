@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from precast.cache.manifest import decode_manifest, encode_manifest
+from precast.cache.names import is_internal_key
 from precast.cache.trust import NO_KEYS, Trust, is_shared, is_unsigned, mark_unsigned
 from precast.errors import ArtifactCorruptError, StoreError
 
@@ -32,14 +33,14 @@ def read_payload(tier: CacheInterface, key: str) -> dict[str, Any] | None:
 
 
 def list_entries(tier: CacheInterface) -> list[dict[str, Any]]:
-    """Return a line for each manifest of a tier; one that is damaged says so as `problem`.
+    """Return a line for each artifact of a tier; one that is damaged says so as `problem`.
 
     Raises:
         StoreError: The tier failed.
     """
     found = []
     used_by: dict[str, set[str]] = {}
-    for key in sorted(tier.manifest_keys()):
+    for key in sorted(key for key in tier.manifest_keys() if not is_internal_key(key)):
         data = tier.read_manifest(key)
         if data is None:
             continue  # Removed meanwhile.

@@ -1,4 +1,4 @@
-# ruff: noqa: D102, PTH100, PTH102, PTH105, PTH108, PTH112, PTH116, PTH118, PTH119, PTH120, PTH208
+# ruff: noqa: D102, PTH100, PTH102, PTH105, PTH106, PTH108, PTH112, PTH116, PTH118, PTH119, PTH120, PTH208
 # PTH: `pathlib` costs a warm start a millisecond to import and more to use.
 # D102: `CacheInterface` describes the methods.
 """The tier on this machine's disk, shared by all processes of one user.
@@ -14,16 +14,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 
+from precast.cache.lock import time_at
 from precast.cache.manifest import MAX_MANIFEST_BYTES
-from precast.cache.names import check_digest, check_file_name, check_key, is_key
+from precast.cache.names import check_digest, check_file_name, check_key, is_digest, is_key
 from precast.errors import StoreError, UnsafeStoreError
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from precast.cache.interface import Entry, LeaseInterface
+    from precast.cache.lease import FileLeases
 
 #: The versioned bucket: another version of the layout or of the manifests takes another name, and
 #: both share the root without reading each other's files.
@@ -34,6 +39,9 @@ TEMPORARY_FILE_AGE_S = 3600.0
 
 #: Bad files are kept this long for whoever wants to know what happened to them.
 QUARANTINE_AGE_S = 30 * 24 * 3600.0
+
+#: A hit is noted (in the manifest's time of change) when the last note is as old as that.
+TOUCH_INTERVAL_S = 3600.0
 
 _SWEEP_INTERVAL_S = 3600.0
 _ABSENT = (FileNotFoundError, NotADirectoryError)  # The second: a file where the root should be.
@@ -76,6 +84,8 @@ class DiskCache:
         self._trees = os.path.join(bucket, "tree")
         self._quarantine = os.path.join(bucket, "quarantine")
         self._temporary = os.path.join(bucket, "tmp")
+        self._lease_folder = os.path.join(bucket, "lease")
+        self._leases: FileLeases | None = None
         self._swept_at_s: float | None = None
         self._is_vetted = False
         self._is_private = False  # Others cannot even enter; then modes within do not matter.
@@ -133,6 +143,9 @@ class DiskCache:
             # Reading is cheaper than writing through to the disk, and what other processes have
             # mapped stays the file that new ones will map too.
             if _has_size(path, len(data)) and _read_file(path) == data:
+                # A collector must not take it for an orphan before its new manifest is there.
+                with suppress(OSError):
+                    os.utime(path)
                 return
             self._write_file(path, data)
 
@@ -176,6 +189,64 @@ class DiskCache:
         check_digest(digest)
         with self._store_errors("quarantine blob"):
             return self._set_aside(self._blob_path(digest), reason)
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)
+        path = self._manifest_path(key)
+        # Another user's, a read-only or a vanished file: then it is not noted.
+        with suppress(OSError):
+            # By this machine's clock, which only decides how often the disk's own is asked for.
+            if abs(time.time() - os.stat(path).st_mtime) > TOUCH_INTERVAL_S:
+                os.utime(path)
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        with self._store_errors("delete blob"), suppress(*_ABSENT):
+            os.unlink(self._blob_path(digest))
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._store_errors("list entries"):
+            for shards, suffix, is_name in (
+                (self._manifests, ".json", is_key),
+                (self._blobs, "", is_digest),
+            ):
+                for folder in (os.path.join(shards, shard) for shard in _list_folder(shards)):
+                    for file_name in _list_folder(folder):
+                        name = file_name.removesuffix(suffix)
+                        if not file_name.endswith(suffix) or not is_name(name):
+                            continue
+                        with suppress(*_ABSENT):
+                            found = os.stat(os.path.join(folder, file_name))
+                            yield Entry(bool(suffix), name, found.st_size, found.st_mtime)
+
+    def now_s(self) -> float:
+        with self._store_errors("ask for the time"):
+            self._make_folder(self._temporary)
+            return time_at(self._new_temporary_path())
+
+    def sweep(self, grace_s: float) -> None:
+        now_s = self.now_s()
+        self._swept_at_s = None
+        self._sweep(now_s)
+        with self._store_errors("sweep trees"):
+            for name in _list_folder(self._trees):
+                self._sweep_tree(os.path.join(self._trees, name), now_s - grace_s)
+        self._file_leases().sweep()
+
+    @property
+    def leases(self) -> LeaseInterface | None:
+        with self._store_errors("offer leases"):
+            return self._file_leases()
+
+    def _file_leases(self) -> FileLeases:
+        """Return the file locks in the bucket; made when asked for, since few starts compile."""
+        if self._leases is None:
+            from precast.cache.lease import FileLeases
+
+            self._leases = FileLeases(self._lease_folder, self._make_folder, self.name)
+        return self._leases
 
     def _manifest_path(self, key: str) -> str:
         return os.path.join(self._manifests, key[:2], f"{key}.json")
@@ -318,6 +389,21 @@ class DiskCache:
             os.utime(place)  # Its age in quarantine counts from now.
             self._write_file(f"{place}.reason", f"{reason}\n".encode())
         return place
+
+    def _sweep_tree(self, tree: str, before_s: float) -> None:
+        """Remove a tree that holds files whose blobs are gone; else it would keep their bytes.
+
+        Where there are no hard links that is every old tree. It is made again when it is wanted.
+        """
+        with suppress(*_ABSENT):
+            if os.stat(tree).st_mtime >= before_s:
+                return
+            paths = [os.path.join(tree, name) for name in _list_folder(tree)]
+            if paths and all(os.stat(path).st_nlink > 1 for path in paths):
+                return
+            for path in paths:
+                os.unlink(path)
+            os.rmdir(tree)
 
     def _sweep(self, now_s: float) -> None:
         """Remove what killed writers left, at most once an interval; failing at that is no matter.

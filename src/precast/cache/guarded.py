@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from precast.cache.names import check_digest, check_key
 from precast.cache.wrapped import WrappedCache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Any, TypeVar
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, Entry, LeaseInterface
     from precast.events import Emit
 
     T = TypeVar("T")
@@ -35,6 +36,10 @@ LONGEST_PAUSE_S = 60.0
 
 #: Nobody lists a tier during a start, and listing an object store takes its time.
 LISTING_DEADLINE_S = 60.0
+
+#: Who asks for a lease is about to compile, and taking a slow server for a dead one would have
+#: many do that.
+LEASE_DEADLINE_S = 2.0
 
 # Requests that never come back keep their threads; beyond these the tier is not asked at all.
 _MOST_HANGING = 4
@@ -120,13 +125,7 @@ class GuardedCache(WrappedCache):
         self._ask("delete manifest", self._tier.delete_manifest, key)
 
     def manifest_keys(self) -> Iterator[str]:
-        return iter(
-            self._ask(
-                "list manifests",
-                lambda: list(self._tier.manifest_keys()),
-                deadline_s=max(LISTING_DEADLINE_S, self._deadline_s),
-            )
-        )
+        return iter(self._ask_at_length("list manifests", lambda: list(self._tier.manifest_keys())))
 
     def read_blob(self, digest: str) -> bytes | None:
         check_digest(digest)
@@ -159,6 +158,32 @@ class GuardedCache(WrappedCache):
         check_digest(digest)
         return self._ask("quarantine blob", self._tier.quarantine_blob, digest, reason)
 
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)
+        # Not by `_ask`: a note that comes to nothing is no reason to skip a tier.
+        if not self._link.is_open:
+            with suppress(StoreError):
+                self._within(self._deadline_s, "note a use", self._tier.touch_manifest, key)
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        self._ask("delete blob", self._tier.delete_blob, digest)
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(self._ask_at_length("list entries", lambda: list(self._tier.entries())))
+
+    def now_s(self) -> float:
+        return self._ask("ask for the time", self._tier.now_s)
+
+    def sweep(self, grace_s: float) -> None:
+        self._ask_at_length("sweep", lambda: self._tier.sweep(grace_s))
+
+    @property
+    def leases(self) -> LeaseInterface | None:
+        """The tier's, each request with a deadline; a server that is gone is a `StoreError`."""
+        leases = self._tier.leases  # Asks nothing.
+        return None if leases is None else _GuardedLeases(leases, self._ask)
+
     # -- requests with a deadline ------------------------------------------------
 
     def _ask(
@@ -166,7 +191,7 @@ class GuardedCache(WrappedCache):
         operation: str,
         method: Callable[..., T],
         *args: Any,
-        deadline_s: float | None = None,
+        least_s: float = 0.0,
     ) -> T:
         if not self._has_met:
             self._meet(operation)
@@ -174,11 +199,14 @@ class GuardedCache(WrappedCache):
             self._probe_if_due()
             raise TierSkippedError(self.name, operation)
         try:
-            return self._within(deadline_s or self._deadline_s, operation, method, *args)
+            return self._within(max(least_s, self._deadline_s), operation, method, *args)
         except ValueError:
             raise  # The caller's mistake, not the tier's.
         except Exception as error:
             raise self._note_failure(self._link, operation, error) from error
+
+    def _ask_at_length(self, operation: str, method: Callable[[], T]) -> T:
+        return self._ask(operation, method, least_s=LISTING_DEADLINE_S)
 
     def _within(self, deadline_s: float, operation: str, work: Callable[..., T], *args: Any) -> T:
         """Return what some work gives, done by a thread of its own, within a deadline."""
@@ -269,6 +297,27 @@ class GuardedCache(WrappedCache):
         except Exception as error:
             raise self._note_failure(self._writes, operation, error) from error
         self._note_recovery(self._writes)
+
+
+class _GuardedLeases:
+    """Leases of a tier, asked by its guard."""
+
+    def __init__(self, leases: LeaseInterface, ask: Callable[..., Any]) -> None:
+        self._leases = leases
+        self._ask = ask
+
+    def try_acquire(self, name: str, owner: str, ttl_s: float) -> bool:
+        acquire = self._leases.try_acquire
+        return bool(
+            self._ask("acquire lease", acquire, name, owner, ttl_s, least_s=LEASE_DEADLINE_S)
+        )
+
+    def renew(self, name: str, owner: str, ttl_s: float) -> bool:
+        renew = self._leases.renew
+        return bool(self._ask("renew lease", renew, name, owner, ttl_s, least_s=LEASE_DEADLINE_S))
+
+    def release(self, name: str, owner: str) -> None:
+        self._ask("release lease", self._leases.release, name, owner, least_s=LEASE_DEADLINE_S)
 
 
 class _Request(threading.Thread):

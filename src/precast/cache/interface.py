@@ -10,8 +10,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from precast.values import Value
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+class Entry(Value):
+    """One thing that a tier keeps, for whoever decides what may go.
+
+    `name` is the key of a manifest or the digest of a blob, `num_bytes` what it takes of the tier.
+    `used_s` is when a manifest was last written or touched, and when a blob was last written (an
+    idle write of bytes that were there already counts), by the tier's clock `now_s`.
+    """
+
+    is_manifest: bool
+    name: str
+    num_bytes: int
+    used_s: float
 
 
 class CacheInterface(Protocol):
@@ -96,3 +112,65 @@ class CacheInterface(Protocol):
 
     def quarantine_blob(self, digest: str, reason: str) -> str:
         """Set a bad blob aside, so that it is not found again; return where it now lies."""
+
+    # -- What deciding about old entries needs (`collect.py`); none of it is on the hot path.
+
+    def touch_manifest(self, key: str) -> None:
+        """Note that `key` was used, so that it counts as younger; costs microseconds.
+
+        Called at each hit, so a tier may note it once an hour at most, and need not where its
+        reads count by themselves. Never an error: what cannot be noted is not.
+        """
+
+    def delete_blob(self, digest: str) -> None:
+        """Forget a blob; one that is not there is no error. What is mapped from it stays mapped."""
+
+    def entries(self) -> Iterator[Entry]:
+        """Iterate over all manifests and blobs, in no order. Others may add and remove meanwhile.
+
+        One that is there from before the first step to after the last is in it.
+        """
+
+    def now_s(self) -> float:
+        """Return the time by the clock that `Entry.used_s` goes by.
+
+        Which is the tier's own, a server's say: machines that share a tier may disagree.
+        """
+
+    def sweep(self, grace_s: float) -> None:
+        """Remove what is no entry and nobody can need: leavings of processes that were killed.
+
+        Args:
+            grace_s: What is younger may still be in use and stays.
+        """
+
+    # -- One compile for all who share this tier.
+
+    @property
+    def leases(self) -> LeaseInterface | None:
+        """Where those who share this tier agree on who does a piece of work; None: not here.
+
+        StoreError: there could be some, and they may not be used now.
+        """
+
+
+class LeaseInterface(Protocol):
+    """Leases in one place. Names are cache keys; an owner is any text that nobody else uses.
+
+    Safe to call from several threads and processes at once. Nothing but `StoreError` comes out of
+    it (and `ValueError` for a name that is no key).
+    """
+
+    def try_acquire(self, name: str, owner: str, ttl_s: float) -> bool:
+        """Take a lease that nobody holds, for `ttl_s` seconds; return whether it is ours now.
+
+        True, too, where this owner has it already; it is renewed then. Does not wait.
+        """
+        ...
+
+    def renew(self, name: str, owner: str, ttl_s: float) -> bool:
+        """Hold a lease for `ttl_s` seconds from now. False: it is not, or no longer, ours."""
+        ...
+
+    def release(self, name: str, owner: str) -> None:
+        """Give a lease up; one that is not ours is left alone, and that is no error."""

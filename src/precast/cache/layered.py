@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, Entry, LeaseInterface
     from precast.cache.trust import Trust
     from precast.cache.writer import BackgroundWriter
     from precast.events import Emit
@@ -96,9 +96,10 @@ class LayeredCache:
             found = self.find_in(tier, key)
             if found is None:
                 continue
+            self._write_later(tier, tier.touch_manifest, key)
             for nearer in self.tiers[:i]:
                 if nearer.is_writable:
-                    self._fill(nearer, nearer.write_manifest, key, found.data)
+                    self._write_later(nearer, nearer.write_manifest, key, found.data)
             return found
         return None
 
@@ -167,7 +168,7 @@ class LayeredCache:
                 continue
             for nearer in self.tiers[:i]:
                 if nearer.is_writable and not nearer.is_in_memory:
-                    self._fill(nearer, nearer.write_blob, digest, data)
+                    self._write_later(nearer, nearer.write_blob, digest, data)
             return data
         return None
 
@@ -215,17 +216,49 @@ class LayeredCache:
         ]
         return ", ".join(place for place in places if place)
 
-    def _fill(
-        self,
-        tier: CacheInterface,
-        method: Callable[[str, bytes], None],
-        name: str,
-        data: bytes,
-    ) -> None:
+    def _write_later(self, tier: CacheInterface, method: Callable[..., None], *args: Any) -> None:
+        """Write to a tier, behind the caller's back where that is how the tier is written."""
         if self._writer is not None and tier.name in self._writer.tiers:
-            self._writer.submit(tier.name, lambda: try_write(self._emit, tier, method, name, data))
+            self._writer.submit(tier.name, lambda: try_write(self._emit, tier, method, *args))
         else:
-            try_write(self._emit, tier, method, name, data)
+            try_write(self._emit, tier, method, *args)
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)
+        for tier in self._writable_tiers():
+            try_write(self._emit, tier, tier.touch_manifest, key)
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        for tier in self._writable_tiers():
+            try_write(self._emit, tier, tier.delete_blob, digest)
+
+    def entries(self) -> Iterator[Entry]:
+        """Iterate over what any tier keeps, each once; times are those of the nearest tier."""
+        seen: set[tuple[bool, str]] = set()
+        for tier in self.tiers:
+            for entry in try_read(self._emit, tier, _list_entries, tier) or ():
+                if (entry.is_manifest, entry.name) not in seen:
+                    seen.add((entry.is_manifest, entry.name))
+                    yield entry
+
+    def now_s(self) -> float:
+        """Return the latest of the tiers' clocks; to decide what may go, ask a single tier."""
+        times = [try_read(self._emit, tier, tier.now_s) for tier in self.tiers]
+        return max((time for time in times if time is not None), default=0.0)
+
+    def sweep(self, grace_s: float) -> None:
+        for tier in self._writable_tiers():
+            try_write(self._emit, tier, tier.sweep, grace_s)
+
+    @property
+    def leases(self) -> LeaseInterface | None:
+        """Those that reach farthest; `lease.Leases` goes on to the next ones where they fail."""
+        for tier in reversed(self.tiers):
+            leases = try_read(self._emit, tier, _leases_of, tier)
+            if leases is not None:
+                return leases
+        return None
 
     def _writable_tiers(self) -> list[CacheInterface]:
         return [tier for tier in self.tiers if tier.is_writable]
@@ -233,3 +266,11 @@ class LayeredCache:
 
 def _list_manifests(tier: CacheInterface) -> set[str]:
     return set(tier.manifest_keys())
+
+
+def _list_entries(tier: CacheInterface) -> list[Entry]:
+    return list(tier.entries())
+
+
+def _leases_of(tier: CacheInterface) -> LeaseInterface | None:
+    return tier.leases

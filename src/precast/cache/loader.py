@@ -85,6 +85,11 @@ class CacheLoader:
         self._emit(CacheHit(key, found.tier, self._clock() - started_s, len(found.data)))
         return found.payload
 
+    def peek(self, key: str) -> dict[str, Any] | None:
+        """Return what `manifest` does; for those who wait, so it counts as neither hit nor miss."""
+        found = self._layered.find_manifest(key)
+        return None if found is None else found.payload
+
     def blob(self, digest: str) -> bytes | None:
         """Return the bytes that have this digest, or None where no tier has them."""
         if not is_digest(digest):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 
 from precast.cache.names import check_digest, check_key
@@ -12,7 +13,9 @@ from precast.errors import StoreError
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from precast.cache.interface import Entry
 
 _MANIFEST = "manifest"
 _BLOB = "blob"
@@ -29,13 +32,16 @@ class MemoryCache:
     is_in_memory = True
     is_shared = False
     keeps_files = False
+    leases = None
 
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, max_bytes: int = 256 << 20, clock: Callable[[], float] = time.time) -> None:
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._values: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._used_s: dict[tuple[str, str], float] = {}
+        self._clock = clock
         self._lock = threading.Lock()
 
     @property
@@ -89,11 +95,36 @@ class MemoryCache:
         self._delete(_BLOB, digest)
         return f"{self.name} (dropped)"
 
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)  # Reading counts by itself.
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        self._delete(_BLOB, digest)
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._lock:
+            found = [
+                Entry(kind == _MANIFEST, name, len(data), self._used_s[kind, name])
+                for (kind, name), data in self._values.items()
+            ]
+        return iter(found)
+
+    def now_s(self) -> float:
+        return self._clock()
+
+    def sweep(self, grace_s: float) -> None:
+        pass  # Nothing lies here but entries.
+
     def _read(self, kind: str, name: str) -> bytes | None:
         with self._lock:
             data = self._values.get((kind, name))
             if data is not None:
                 self._values.move_to_end((kind, name))
+                if kind == _MANIFEST:
+                    self._used_s[kind, name] = self._clock()
             return data
 
     def _write(self, kind: str, name: str, data: bytes) -> None:
@@ -105,9 +136,13 @@ class MemoryCache:
         with self._lock:
             self._num_bytes += len(data) - len(self._values.pop((kind, name), b""))
             self._values[kind, name] = data
+            self._used_s[kind, name] = self._clock()
             while self._num_bytes > self._max_bytes:
-                self._num_bytes -= len(self._values.popitem(last=False)[1])
+                oldest, forgotten = self._values.popitem(last=False)
+                del self._used_s[oldest]
+                self._num_bytes -= len(forgotten)
 
     def _delete(self, kind: str, name: str) -> None:
         with self._lock:
             self._num_bytes -= len(self._values.pop((kind, name), b""))
+            self._used_s.pop((kind, name), None)

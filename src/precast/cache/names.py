@@ -6,6 +6,12 @@ shared tier, hostile. So they are checked here, by what is allowed and not by wh
 
 from __future__ import annotations
 
+#: The key of the note of a tier's last collection, and the name of the lease of the one that runs.
+COLLECTION_KEY = "last-collection"
+
+#: What the keys of remembered failures begin with.
+FAILURE_PREFIX = "failed-"
+
 _HEX = frozenset("0123456789abcdef")
 _KEY = frozenset("0123456789abcdefghijklmnopqrstuvwxyz-_")
 _FILE_NAME = _KEY | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ.+")
@@ -19,6 +25,11 @@ def is_digest(text: object) -> bool:
 def is_key(text: object) -> bool:
     """Whether a manifest can be kept under this key. No capitals: file systems may fold them."""
     return isinstance(text, str) and 4 <= len(text) <= 128 and _KEY.issuperset(text)
+
+
+def is_internal_key(key: str) -> bool:
+    """Whether what lies under a key says something of the cache it lies in, and is no artifact."""
+    return key == COLLECTION_KEY or key.startswith(FAILURE_PREFIX)
 
 
 def is_file_name(text: object) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
-from precast.cache.disk import BUCKET
+from precast.cache.disk import BUCKET, QUARANTINE_AGE_S, TEMPORARY_FILE_AGE_S
 from precast.cache.guarded import note_progress
 from precast.cache.manifest import MAX_MANIFEST_BYTES
-from precast.cache.names import check_digest, check_key, is_key
+from precast.cache.names import check_digest, check_key, is_digest, is_key
 from precast.errors import ConfigError, StoreError
 from precast.plugins import check_installed
 
@@ -25,6 +26,8 @@ TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
+
+    from precast.cache.interface import Entry
 
 #: Where a write is seen whole or not at all, whatever its size: no need to write beside and rename.
 _WHOLE_OBJECTS = frozenset(
@@ -42,6 +45,9 @@ _NEEDED = {
     "abfss": ("adlfs", "adlfs"),
     "hf": ("huggingface_hub", "huggingface_hub"),
 }
+
+#: What clients call the time of an object's writing; the first that is there counts.
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
 #: How much of a blob is fetched at a time. Each part that comes shows that the store lives.
 READ_BYTES = 8 << 20
@@ -62,6 +68,7 @@ class ObjectStoreCache:
     is_writable = True
     is_in_memory = False
     is_shared = True
+    leases = None  # Few stores can say "only if nobody else has".
     keeps_files = False  # Also with `file://`: for files that can be mapped there is `disk:/path`.
 
     def __init__(self, url: str, *, name: str | None = None, **options: str) -> None:
@@ -136,11 +143,7 @@ class ObjectStoreCache:
 
     def manifest_keys(self) -> Iterator[str]:
         with self._using("list manifests") as (fs, root):
-            try:
-                paths = fs.find(f"{root}/ac")
-            except FileNotFoundError:
-                return
-            for path in paths:
+            for path, _ in _find(fs, f"{root}/ac"):
                 name = path.rpartition("/")[2]
                 key = name.removesuffix(".json")
                 if key != name and is_key(key):
@@ -191,6 +194,50 @@ class ObjectStoreCache:
         check_digest(digest)
         with self._using("quarantine blob") as (fs, root):
             return self._set_aside(fs, root, _blob_path(root, digest), reason)
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)  # An object's time is that of its writing, and writing costs its size.
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        with self._using("delete blob") as (fs, root), suppress(FileNotFoundError):
+            fs.rm_file(_blob_path(root, digest))
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._using("list entries") as (fs, root):
+            for is_manifest, folder, end, is_name in (
+                (True, "ac", ".json", is_key),
+                (False, "cas/sha256", "", is_digest),
+            ):
+                for path, info in _find(fs, f"{root}/{folder}"):
+                    file_name = path.rpartition("/")[2]
+                    name = file_name.removesuffix(end)
+                    if file_name.endswith(end) and is_name(name):
+                        yield Entry(is_manifest, name, info["size"] or 0, _written_s(info))
+
+    def now_s(self) -> float:
+        """Return the time of an object that is written for that; else this machine's."""
+        with self._using("ask for the time") as (fs, root):
+            path = f"{root}/tmp/{os.getpid()}-{os.urandom(8).hex()}"
+            if self._scheme not in _WHOLE_OBJECTS:
+                fs.makedirs(f"{root}/tmp", exist_ok=True)
+            fs.pipe_file(path, b"?")
+            try:
+                return _written_s(fs.info(path))
+            finally:
+                with suppress(FileNotFoundError):
+                    fs.rm_file(path)
+
+    def sweep(self, grace_s: float) -> None:
+        now_s = self.now_s()
+        with self._using("sweep") as (fs, root):
+            for folder, age_s in (("tmp", TEMPORARY_FILE_AGE_S), ("quarantine", QUARANTINE_AGE_S)):
+                for path, info in _find(fs, f"{root}/{folder}"):
+                    if _written_s(info) < now_s - age_s:
+                        with suppress(FileNotFoundError):
+                            fs.rm_file(path)
 
     def _endpoint(self) -> str | None:
         if "endpoint_url" in self._options:
@@ -284,6 +331,35 @@ def _manifest_path(root: str, key: str) -> str:
 
 def _blob_path(root: str, digest: str) -> str:
     return f"{root}/cas/sha256/{digest[:2]}/{digest}"
+
+
+def _find(fs: Any, folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return all objects below a folder, with what the store says of them."""
+    try:
+        found: dict[str, Mapping[str, Any]] = fs.find(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    return list(found.items())
+
+
+def _written_s(info: Mapping[str, Any]) -> float:
+    """Return when an object was written, by the store's clock.
+
+    What does not say so never grows old: now, by this machine's clock.
+    """
+    for name in _TIMES:
+        value: Any = info.get(name)
+        if isinstance(value, str):
+            from datetime import datetime
+
+            with suppress(ValueError):
+                # Python 3.10 does not know the Z.
+                value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        if hasattr(value, "timestamp"):
+            return float(value.timestamp())
+        if isinstance(value, int | float):
+            return float(value)
+    return time.time()
 
 
 def _read_range(fs: Any, path: str, start: int, end: int) -> bytes | None:

@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from precast.cache.interface import CacheInterface
+    from precast.cache.interface import CacheInterface, Entry
 
 
 class ReadOnlyCache(WrappedCache):
@@ -76,6 +76,30 @@ class ReadOnlyCache(WrappedCache):
         check_digest(digest)
         self._ignored_blobs.add(digest)
         return f"{self.name} (ignored: it is read-only)"
+
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)  # A note would be a write.
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        self._ignored_blobs.add(digest)
+
+    def entries(self) -> Iterator[Entry]:
+        return (
+            entry
+            for entry in self._tier.entries()
+            if entry.name not in (self._ignored_keys if entry.is_manifest else self._ignored_blobs)
+        )
+
+    def now_s(self) -> float:
+        return self._tier.now_s()
+
+    def sweep(self, grace_s: float) -> None:
+        pass  # It is for those who write.
+
+    @property
+    def leases(self) -> None:
+        """None: who publishes nothing has nothing to agree on."""
 
     def _refusal(self, operation: str) -> StoreError:
         return StoreError(self.name, operation, "it is read-only by the cache's settings")

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
-from precast.cache.disk import BUCKET, QUARANTINE_AGE_S
+from precast.cache.disk import BUCKET, QUARANTINE_AGE_S, TOUCH_INTERVAL_S
 from precast.cache.guarded import note_progress
 from precast.cache.manifest import MAX_MANIFEST_BYTES
-from precast.cache.names import check_digest, check_key, is_key
+from precast.cache.names import check_digest, check_key, is_digest, is_key
 from precast.errors import ConfigError, StoreError
 from precast.plugins import check_installed
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import Any
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import Any, TypeVar
+
+    from precast.cache.interface import Entry, LeaseInterface
+
+    T = TypeVar("T")
 
 #: The longest string that a server keeps is 512 MiB; a larger blob is a hash of parts.
 MOST_STRING_BYTES = 256 << 20
@@ -37,6 +42,15 @@ SOCKET_TIMEOUT_S = 10.0
 
 #: What is being written as parts is forgotten after this, should the writer have been killed.
 _TEMPORARY_AGE_S = 3600
+_SCAN_COUNT = 1000
+
+#: Notes when a manifest that is there was used, by the server's clock.
+_NOTE_USE = """
+if redis.call('exists', KEYS[2]) == 1 then
+    local now = redis.call('time')
+    redis.call('zadd', KEYS[1], now[1] .. '.' .. string.format('%06d', now[2]), ARGV[1])
+end
+"""
 _CLIENT_OPTIONS = (
     *("client_name", "db", "password", "protocol", "ssl_ca_certs", "ssl_cert_reqs"),
     *("ssl_certfile", "ssl_check_hostname", "ssl_keyfile", "username"),
@@ -47,8 +61,8 @@ class RedisCache:
     """Keeps manifests and blobs as strings, each written by one command.
 
     `redis://[user:password@]host[:port][/db]`, `rediss://…` (TLS), `unix:///path/to/socket?db=0`.
-    What is found damaged is renamed and expires after 30 days. Blobs do not expire: give the server
-    a `maxmemory` and an `allkeys-lru` policy.
+    What is found damaged is renamed and expires after 30 days. Manifests and blobs do not expire:
+    give the server a `maxmemory` and an `allkeys-lru` policy, or collect it now and then.
 
     Source: follows `CacheInterface`, where the methods are described.
     """
@@ -92,6 +106,8 @@ class RedisCache:
         self._url = url
         self._options = options
         self._bucket = f"{prefix}/{BUCKET}" if prefix else BUCKET
+        self._uses_name = f"{self._bucket}/used"
+        self._touched_at_s: dict[str, float] = {}
         self._most_string_bytes = most_string_bytes
         self._client: Any = None
         self._client_pid = 0
@@ -146,21 +162,19 @@ class RedisCache:
         check_key(key)
         with self._using("write manifest") as client:
             client.set(self._manifest_name(key), data)
+            with suppress(Exception):  # The manifest is there, which is what counts.
+                self._note_use(client, key)
 
     def delete_manifest(self, key: str) -> None:
         check_key(key)
         with self._using("delete manifest") as client:
             client.delete(self._manifest_name(key))
+            client.zrem(self._uses_name, key)
 
     def manifest_keys(self) -> Iterator[str]:
-        start = self._manifest_name("")
         with self._using("list manifests") as client:
-            seen = set()  # A scan may give a name twice.
-            for name in client.scan_iter(match=_escaped(start) + "*.json", count=1000):
-                note_progress()
-                key = name.decode("utf-8", "replace").removeprefix(start).removesuffix(".json")
-                if is_key(key) and key not in seen:
-                    seen.add(key)
+            for is_manifest, key, _ in self._scan(client):
+                if is_manifest:
                     yield key
 
     def read_blob(self, digest: str) -> bytes | None:
@@ -190,7 +204,9 @@ class RedisCache:
     def has_blob(self, digest: str) -> bool:
         check_digest(digest)
         with self._using("look for a blob") as client:
-            return bool(client.exists(self._blob_name(digest)))
+            # Not `exists`: who looks is about to publish a manifest that names the blob, and a
+            # collector must not take it for an orphan meanwhile.
+            return bool(client.touch(self._blob_name(digest)))
 
     def local_blob_path(self, digest: str) -> str | None:
         check_digest(digest)
@@ -207,8 +223,96 @@ class RedisCache:
         check_digest(digest)
         return self._set_aside("quarantine blob", self._blob_name(digest), reason)
 
+    def touch_manifest(self, key: str) -> None:
+        check_key(key)
+        now_s = time.monotonic()
+        if now_s - self._touched_at_s.get(key, -TOUCH_INTERVAL_S) < TOUCH_INTERVAL_S:
+            return
+        self._touched_at_s[key] = now_s
+        with suppress(StoreError), self._using("note a use") as client:
+            self._note_use(client, key)
+
+    def delete_blob(self, digest: str) -> None:
+        check_digest(digest)
+        with self._using("delete blob") as client:
+            client.unlink(self._blob_name(digest))
+
+    def entries(self) -> Iterator[Entry]:
+        from precast.cache.interface import Entry
+
+        with self._using("list entries") as client:
+            now_s = _time_of(client)
+            for batch in _batches(self._scan(client)):
+                pipeline = client.pipeline(transaction=False)
+                for is_manifest, key, name in batch:
+                    # None of these counts as a use.
+                    pipeline.memory_usage(name)
+                    pipeline.object("idletime", name)
+                    pipeline.zscore(self._uses_name, key if is_manifest else "")
+                answers = pipeline.execute(raise_on_error=False)
+                note_progress()
+                for i, (is_manifest, key, _) in enumerate(batch):
+                    num_bytes, idle_s, noted_s = answers[3 * i : 3 * i + 3]
+                    if isinstance(num_bytes, Exception):
+                        raise num_bytes
+                    if num_bytes is None:
+                        continue  # It is gone.
+                    # Reading resets the idle time, and whoever collects reads all manifests: so
+                    # that is only for what bears no note. A server that evicts by frequency has no
+                    # idle times.
+                    idle_since_s = now_s - idle_s if isinstance(idle_s, int) else now_s
+                    used_s = noted_s if isinstance(noted_s, float) else idle_since_s
+                    yield Entry(is_manifest, key, num_bytes, used_s)
+
+    def now_s(self) -> float:
+        with self._using("ask for the time") as client:
+            return _time_of(client)
+
+    def sweep(self, grace_s: float) -> None:
+        """Drop notes about manifests that are gone; all else here expires by itself."""
+        with self._using("sweep") as client:
+            for batch in _batches(client.zscan_iter(self._uses_name, count=_SCAN_COUNT)):
+                pipeline = client.pipeline(transaction=False)
+                for key, _ in batch:
+                    pipeline.exists(self._manifest_name(key.decode("utf-8", "replace")))
+                gone = [
+                    key
+                    for (key, _), is_there in zip(batch, pipeline.execute(), strict=True)
+                    if not is_there
+                ]
+                note_progress()
+                if gone:
+                    client.zrem(self._uses_name, *gone)
+
+    @property
+    def leases(self) -> LeaseInterface:
+        """Keys of the server that expire."""
+        from precast.cache.lease import RedisLeases  # Few starts compile.
+
+        return RedisLeases(self._using, f"{self._bucket}/lease/")
+
+    def _note_use(self, client: Any, key: str) -> None:
+        """Note that a manifest was used now, by the server's clock, if it is there."""
+        client.eval(_NOTE_USE, 2, self._uses_name, self._manifest_name(key), key)
+
+    def _scan(self, client: Any) -> Iterator[tuple[bool, str, bytes]]:
+        """Iterate over manifests and blobs: which it is, key or digest, and its name."""
+        seen = set()  # A scan may give a name twice.
+        for is_manifest, start, end, is_name in (
+            (True, f"{self._bucket}/ac/", ".json", is_key),
+            (False, f"{self._bucket}/cas/sha256/", "", is_digest),
+        ):
+            pattern = f"{_escaped(start)}*{end}"
+            for name in client.scan_iter(match=pattern, count=_SCAN_COUNT):
+                note_progress()
+                rest = name.decode("utf-8", "replace").removeprefix(start).removesuffix(end)
+                found = rest if is_manifest else rest.partition("/")[2]
+                if is_name(found) and name not in seen:
+                    seen.add(name)
+                    yield is_manifest, found, name
+
     def _manifest_name(self, key: str) -> str:
-        return f"{self._bucket}/ac/{key}.json" if key else f"{self._bucket}/ac/"
+        return f"{self._bucket}/ac/{key}.json"
 
     def _blob_name(self, digest: str) -> str:
         return f"{self._bucket}/cas/sha256/{digest[:2]}/{digest}"
@@ -246,11 +350,22 @@ class RedisCache:
 
         try:
             data: bytes = client.getrange(name, first, last)
+            if not data:
+                # Nothing, or no such name? Asked at once, or what is written between two questions
+                # would look like an empty value, which is damage.
+                both = client.pipeline(transaction=True)
+                both.getrange(name, first, last)
+                both.exists(name)
+                answer, is_there = both.execute(raise_on_error=False)
+                if isinstance(answer, Exception):
+                    raise answer
+                data = answer
+                return data if is_there else None
         except redis.ResponseError as error:
             if _is_wrong_type(error):
                 raise _NotAStringError from error
             raise
-        return data if data or client.exists(name) else None
+        return data
 
     def _read_hash(self, client: Any, name: str) -> bytes:
         """Return a blob that was kept in parts; no bytes for whatever else lies there."""
@@ -285,6 +400,19 @@ class RedisCache:
 
 class _NotAStringError(Exception):
     """Something else than a string lies under a name."""
+
+
+def _time_of(client: Any) -> float:
+    seconds, microseconds = client.time()
+    return float(seconds + microseconds / 1e6)
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    from itertools import islice
+
+    remaining = iter(items)
+    while batch := list(islice(remaining, _SCAN_COUNT)):
+        yield batch
 
 
 def _exchange_ping(connection: socket.socket) -> None:

@@ -15,7 +15,7 @@ from precast.cache.attempt import try_quarantine, try_read, try_write
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import complete_payload, encode_manifest
 from precast.cache.names import check_key
-from precast.cache.trust import NO_KEYS
+from precast.cache.trust import NO_KEYS, is_shared
 from precast.errors import StoreError
 from precast.events import ArtifactPublished, TierFailed
 
@@ -24,11 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any
 
+    from precast.cache.collect import Collector
     from precast.cache.interface import CacheInterface
+    from precast.cache.lease import Leases
     from precast.cache.trust import Trust
     from precast.cache.writer import BackgroundWriter
     from precast.errors import Reason
     from precast.events import Emit
+
+#: How long a lease is kept after the work is done, so that a shared tier has the result first.
+SETTLE_S = 10.0
 
 
 class CacheStorage:
@@ -48,6 +53,7 @@ class CacheStorage:
         trust: Trust = NO_KEYS,
         writer: BackgroundWriter | None = None,
         read_only: Collection[str] = (),
+        make_collector: Callable[[], Collector] | None = None,
     ) -> None:
         """Write into `tiers`.
 
@@ -58,18 +64,23 @@ class CacheStorage:
             trust: Signs what is published, where it has a key.
             writer: Writes those tiers that it names, behind the caller's back.
             read_only: Names of tiers that are never published into, which is no failure.
+            make_collector: Makes what keeps the tiers within their bounds, at the first publishing.
         """
         self._layered = LayeredCache(tiers, emit, clock, trust=trust)
         self._emit = emit
         self._clock = clock
         self._writer = writer
         self._read_only = frozenset(read_only)
+        self._make_collector = make_collector
+        self._collector: Collector | None = None
 
     def publish(
         self,
         key: str,
         payload: Mapping[str, Any],
         files: Mapping[str, bytes | os.PathLike[str]],
+        *,
+        is_local: bool = False,
     ) -> dict[str, Any]:
         """Store an artifact in each tier and return its payload as a loader will give it.
 
@@ -81,6 +92,7 @@ class CacheStorage:
                 `RESERVED_FIELDS` are added: `files`, name to digest, is what `CacheLoader.files`
                 wants.
             files: Name to bytes, or to the path of a file that is read now.
+            is_local: It concerns this machine alone: leave out tiers that others read.
 
         Raises:
             ValueError, TypeError: A name, the key or the payload cannot be stored anywhere.
@@ -90,7 +102,12 @@ class CacheStorage:
         complete = complete_payload(key, payload, contents)
         manifest = encode_manifest(self._layered.trust.sign(complete))
         blobs = {complete["files"][name]: data for name, data in contents.items()}
-        tiers = [tier for tier in self._layered.tiers if tier.name not in self._read_only]
+        tiers = [
+            tier
+            for tier in self._layered.tiers
+            if tier.name not in self._read_only
+            and (tier.is_in_memory or tier.keeps_files or not is_local)
+        ]
         is_kept = False
         for tier in sorted(tiers, key=lambda tier: tier.is_in_memory):
             if self._is_behind(tier):
@@ -104,7 +121,24 @@ class CacheStorage:
         later: Mapping[str, bytes | None] = dict.fromkeys(blobs) if is_kept else blobs
         for tier in filter(self._is_behind, tiers):
             self._submit(tier, partial(self._store, tier, key, manifest, later))
+        if self._make_collector is not None:
+            if self._collector is None:
+                self._collector = self._make_collector()
+            self._collector.note_publish()
         return json.loads(manifest[manifest.index(b"\n") :])  # type: ignore[no-any-return]
+
+    def open_leases(self) -> Leases:
+        """Return leases in the tier that most others share, for work whose result comes here.
+
+        Others cannot use what nobody signs, unless they are set to: then they would wait in vain,
+        one for the other, so leases are left to the tiers that are this user's own.
+        """
+        from precast.cache.lease import Leases  # Few starts compile.
+
+        trust = self._layered.trust
+        is_of_use = trust.allow_unsigned or trust.signing_key is not None
+        tiers = [tier for tier in self._layered.tiers if is_of_use or not is_shared(tier)]
+        return Leases(tiers, self._emit, settle=self._settle)
 
     def discard(self, key: str) -> None:
         """Forget a key in each tier. Its blobs stay: other keys may share them."""
@@ -131,9 +165,18 @@ class CacheStorage:
         return self._writer is None or self._writer.flush(timeout_s)
 
     def close(self) -> None:
-        """Give waiting writes a last while."""
+        """End what runs in the background; give waiting writes a last while.
+
+        Publishing goes on working.
+        """
+        if self._collector is not None:
+            self._collector.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _settle(self, tier: CacheInterface) -> bool:
+        """Wait until a tier has what was published so far, for a while where that is slow."""
+        return not self._is_behind(tier) or self.flush(SETTLE_S)
 
     def _forget(self, tier: CacheInterface, key: str) -> None:
         try_write(self._emit, tier, tier.delete_manifest, key)

@@ -27,6 +27,7 @@ from precast.capture.guards import (
     readable,
     require_tensor,
     root_of,
+    signature_of,
     symbol_ranges,
 )
 from precast.contract import (
@@ -136,15 +137,14 @@ class Capture:
         self.unrecordable = unrecordable
         self.num_guards = num_guards
 
-    def call_check(
-        self, mutated: Sequence[str], narrowed: Mapping[str, SymbolRange]
-    ) -> dict[str, Any]:
-        """Return the generated check of a call's arguments, as data.
+    def open_check(self, mutated: Sequence[str], symbols: Iterable[str]) -> dict[str, Any]:
+        """Return the generated check of a call's arguments as data, for `blueprint` to finish.
 
         Args:
-            narrowed: Symbols for which the compiled code holds for fewer sizes than captured.
             mutated: Placeholders that the graph writes into. Code for them was compiled as if
                 no other argument shares their memory, so a call where one does is refused.
+            symbols: Sizes of the capture that compiled code may take fewer of; under `sizes` is
+                how each is read, and what it is.
         """
         writer = self.recorder.writer
         arguments = [
@@ -168,24 +168,20 @@ class Capture:
                 f"are_apart(({', '.join(written)},), ({', '.join(arguments)},))",
                 "no argument shares memory with one that is written into",
             )
-        for symbol, bounds in narrowed.items():
+        sizes = {}
+        for symbol in sorted(set(symbols) & self.symbol_places.keys()):
             path, dim = self.symbol_places[symbol]
-            size = writer.size(writer.place(path), dim)
-            meaning = f"size {dim} of {readable(path)} is in {bounds}, for which code was compiled"
-            if bounds.high is None:
-                writer.require(f"{bounds.low} <= {size}", meaning)
-            else:
-                writer.require(f"{bounds.low} <= {size} <= {bounds.high}", meaning)
-        source = writer.source(self.function)
-        filename = f"<precast call check {digest_code(self.bytecode)[:12]}>"
+            sizes[symbol] = [
+                writer.size(writer.place(path), dim),
+                f"size {dim} of {readable(path)}",
+            ]
         return {
-            "source": source,
-            "filename": filename,
-            "marshalled": base64.b64encode(
-                marshal.dumps(compile(source, filename, "exec"))
-            ).decode(),
-            "constants": writer.constants,
-            "conditions": writer.conditions,
+            "header": f"def check({signature_of(self.function.__code__)}):",
+            "lines": list(writer.lines),
+            "conditions": list(writer.conditions),
+            "constants": dict(writer.constants),
+            "sizes": sizes,
+            "filename": f"<precast call check {digest_code(self.bytecode)[:12]}>",
         }
 
 

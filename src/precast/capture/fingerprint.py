@@ -92,7 +92,7 @@ def like_example(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return a call's arguments with new tensors of the given shapes, of no particular values.
 
-    Nothing of the call is kept alive by them, and on a CPU their memory is never touched. None
+    Nothing of the call is kept alive by them, and they have no memory of their own. None
     where that cannot be: another number of tensors, or strides that are not the plain ones.
     """
     remaining = list(shapes)
@@ -101,10 +101,14 @@ def like_example(
         if hasattr(value, "dim") and hasattr(value, "dtype"):
             shape = tuple(remaining.pop(0))
             if shape == tuple(value.shape):
-                return value.new_empty(()).new_empty_strided(shape, value.stride())
-            if not value.is_contiguous():
+                alike = value.new_empty(()).new_empty_strided(shape, value.stride())
+            elif value.is_contiguous():
+                alike = value.new_empty(shape)
+            else:
                 raise ValueError
-            return value.new_empty(shape)
+            if alike.device.type != "meta":
+                alike.untyped_storage().resize_(0)
+            return alike
         if isinstance(value, dict):
             return {key: replace(item) for key, item in value.items()}
         if type(value) in (tuple, list):

@@ -225,7 +225,7 @@ class CallCheckWriter:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._lines: list[str] = []
+        self.lines: list[str] = []
         self._names: dict[Path, str] = {}
         self._seen: set[str] = set()
         self.ranks: dict[str, int] = {}  # Of the tensors whose sizes are names.
@@ -263,7 +263,7 @@ class CallCheckWriter:
                 "v": f"[*dict.values({base})][{key}]",
                 "t": f"type({base})",
             }
-            self._lines.append(f"{name} = {read.get(step, f'len({base})')}")
+            self.lines.append(f"{name} = {read.get(step, f'len({base})')}")
         self._names[path] = name
         return name
 
@@ -273,7 +273,7 @@ class CallCheckWriter:
             return
         self._seen.add(condition)
         self.conditions.append(meaning)
-        self._lines.append(f"if not ({condition}): return {len(self.conditions) - 1}")
+        self.lines.append(f"if not ({condition}): return {len(self.conditions) - 1}")
 
     def unpack(self, name: str, rank: int, meaning: str) -> None:
         """Read a tensor's sizes into names of their own, once; another rank fails the check."""
@@ -286,7 +286,7 @@ class CallCheckWriter:
         # A local is read ten times faster than an item of `torch.Size`, and `try` costs nothing.
         sizes = "".join(f"{self.size(name, dim)}, " for dim in range(rank)).rstrip()
         self.conditions.append(meaning)
-        self._lines += [
+        self.lines += [
             "try:",
             f"    {sizes} = {name}.shape",
             "except ValueError:",
@@ -296,12 +296,6 @@ class CallCheckWriter:
     def size(self, name: str, dim: int) -> str:
         """Return the text that reads one size of a tensor."""
         return f"{name}size{dim}" if name in self.ranks else f"{name}.shape[{dim}]"
-
-    def source(self, function: types.FunctionType) -> str:
-        """Return the function as Python source."""
-        header = f"def check({signature_of(function.__code__)}):"
-        body = [f"    {line}" for line in (*self._lines, "return 0")]
-        return "\n".join([header, *body]) + "\n"
 
 
 def signature_of(code: types.CodeType) -> str:

@@ -14,6 +14,7 @@ from precast.cache.catalog import (
     read_payload,
     with_named,
 )
+from precast.cache.names import is_internal_key
 from precast.cli.options import (
     PROBLEMS,
     CacheDirOption,
@@ -327,7 +328,7 @@ def _wanted(source: CacheInterface, keys: list[str] | None) -> list[str]:
     found = (
         [found for key in keys for found in find_keys([source], key)]
         if keys
-        else sorted(source.manifest_keys())
+        else sorted(key for key in source.manifest_keys() if not is_internal_key(key))
     )
     return with_named(source, found)
 

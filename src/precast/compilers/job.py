@@ -47,6 +47,7 @@ class JobResult(Value, kw_only=True):
     """What came of a job. `compiler` None: all have failed, and `failures` says why.
 
     `verify` is None or has `max_abs_error`, `max_rel_error` and the `sizes` that were tried.
+    `timing` is what `compilers.timing` measured.
     """
 
     compiler: str | None
@@ -57,6 +58,7 @@ class JobResult(Value, kw_only=True):
     failures: tuple[CompileFailure, ...]
     worker_pid: int
     peak_bytes: int | None = None
+    timing: tuple[Mapping[str, Any], ...] = ()
 
 
 class JobRunner(Protocol):

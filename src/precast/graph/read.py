@@ -392,12 +392,19 @@ class _Reader:
 def _namespace(text: str) -> dict[str, Any]:
     """Return the modules that a text names, imported, by the name before the first dot."""
     function = _parse(text)
-    names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    names: set[str] = set()
+    assigned = {argument.arg for argument in function.args.args}
+    dotted: set[str] = set()
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and _is_dotted(node):
-            root = ast.unparse(node).partition(".")[0]
-            if not _is_assigned(function, root):
-                resolve_target(ast.unparse(node))
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+            if isinstance(node.ctx, ast.Store):
+                assigned.add(node.id)
+        elif isinstance(node, ast.Attribute) and _is_dotted(node):
+            dotted.add(ast.unparse(node))
+    for name in sorted(dotted):
+        if name.partition(".")[0] not in assigned:
+            resolve_target(name)
     return {name: sys.modules[name] for name in names if name in sys.modules}
 
 
@@ -405,13 +412,6 @@ def _is_dotted(node: ast.expr) -> bool:
     while isinstance(node, ast.Attribute):
         node = node.value
     return isinstance(node, ast.Name)
-
-
-def _is_assigned(function: ast.FunctionDef, name: str) -> bool:
-    return any(argument.arg == name for argument in function.args.args) or any(
-        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
-        for node in ast.walk(function)
-    )
 
 
 def _refuse(node: ast.AST, problem: str) -> PieceTextError:

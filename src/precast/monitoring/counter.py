@@ -24,12 +24,14 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_started": (events.CompileStarted, _one),
     "num_compiled": (events.PieceCompiled, _one),
     "num_failed": (events.PieceFailed, _one),
+    "num_failures_remembered": (events.FailureRemembered, _one),
     "num_split": (events.PieceSplit, _one),
     "num_jobs": (events.JobFinished, _one),
     "num_passes_run": (events.PassRan, _one),
     "num_passes_failed": (events.PassRan, lambda event: event.reason is not None),
     "num_passes_not_sent": (events.PassesNotSent, _one),
     "num_verified": (events.PieceVerified, _one),
+    "num_timed": (events.PieceTimed, _one),
     "num_mismatched": (events.VerifyMismatched, _one),
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
@@ -42,6 +44,10 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_quarantined": (events.ArtifactQuarantined, _one),
     "num_refused": (events.ArtifactRefused, _one),
     "num_published": (events.ArtifactPublished, _one),
+    "num_collected": (events.CacheCollected, lambda event: event.num_manifests),
+    "num_leases_acquired": (events.LeaseAcquired, _one),
+    "num_leases_awaited": (events.LeaseAwaited, _one),
+    "num_leases_lost": (events.LeaseLost, _one),
     "num_assemblies_loaded": (events.AssemblyLoaded, _one),
     "num_assemblies_published": (events.AssemblyPublished, _one),
     "num_assemblies_rejected": (events.AssemblyRejected, _one),
@@ -71,12 +77,14 @@ class CompilationCounter:
     num_started: int
     num_compiled: int
     num_failed: int
+    num_failures_remembered: int
     num_split: int
     num_jobs: int
     num_passes_run: int
     num_passes_failed: int
     num_passes_not_sent: int
     num_verified: int
+    num_timed: int
     num_mismatched: int
     num_loaded: int
     num_cache_hits: int
@@ -89,6 +97,10 @@ class CompilationCounter:
     num_quarantined: int
     num_refused: int
     num_published: int
+    num_collected: int
+    num_leases_acquired: int
+    num_leases_awaited: int
+    num_leases_lost: int
     num_assemblies_loaded: int
     num_assemblies_published: int
     num_assemblies_rejected: int

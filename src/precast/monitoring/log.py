@@ -42,7 +42,12 @@ class LogListener:
                 self._warn(f"{event.piece}, pass {event.pass_name}", reason)
             case events.PassesNotSent():
                 self._warn(event.piece, event.reason)
-            case events.PieceFailed() | events.PieceSplit() | events.VerifyMismatched():
+            case (
+                events.PieceFailed()
+                | events.PieceSplit()
+                | events.VerifyMismatched()
+                | events.FailureRemembered()
+            ):
                 self._warn(event.piece, event.reason)
             case events.TierFailed() | events.ArtifactQuarantined() | events.ArtifactRefused():
                 self._warn(f"cache tier {event.tier}", event.reason)
@@ -72,6 +77,16 @@ class LogListener:
                 self._logger.debug(
                     "%s: loaded from %s in %.1f ms, saving %.1f s",
                     *(event.piece, event.tier, event.seconds * 1e3, event.compile_seconds_saved),
+                )
+            case events.LeaseAwaited():
+                self._logger.info(
+                    "%s: waited %.1f s for another process: %s",
+                    *(event.name[:12], event.seconds, event.outcome),
+                )
+            case events.CacheCollected():
+                self._logger.debug(
+                    "cache tier %s: removed %d manifests and %d blobs, %d bytes",
+                    *(event.tier, event.num_manifests, event.num_blobs, event.num_bytes),
                 )
             case events.CacheMiss():
                 self._logger.debug("%s: not cached: %s", event.key[:12], event.cause)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from precast.errors import ConfigError
-from precast.passes.builtin import DEFAULT, ON_WHOLE_GRAPH, VERSIONS
+from precast.passes.builtin import DEFAULT, ON_WHOLE_GRAPH, PACKING, VERSIONS
 
 if TYPE_CHECKING:
     from precast.passes.interface import InductorPass
@@ -50,7 +50,7 @@ class ChosenPasses:
             return entry, VERSIONS[entry]
         found = self._load(number)
         # What has no text is right for this process alone.
-        return found.name, found.identity() or f"process {uuid4().hex}"
+        return found.name, found.identity() or f"process {os.urandom(16).hex()}"
 
     def _load(self, number: int) -> InductorPass:
         if number not in self._loaded:
@@ -63,7 +63,12 @@ class ChosenPasses:
     @property
     def may_pack(self) -> bool:
         """Whether a pass wants to pack weights."""
-        return not self.identities.keys().isdisjoint(("merge_linears", "merge_linears_on_gpu"))
+        return not self.identities.keys().isdisjoint(PACKING)
+
+    @property
+    def names_on_whole_graph(self) -> tuple[str, ...]:
+        """The names of those that change a graph before it is cut: all that a capture needs."""
+        return tuple(entry for entry in self._entries if not self._is_on_pieces(entry))
 
     def on_whole_graph(self) -> Iterator[tuple[str, Any]]:
         """Yield name and pass of those that change a graph before it is cut, in order."""
@@ -99,19 +104,26 @@ class ChosenPasses:
         return not (isinstance(entry, str) and entry in ON_WHOLE_GRAPH)
 
 
-def choose(setting: Any) -> ChosenPasses:
+def choose(setting: Any, *, may_pack: bool = True) -> ChosenPasses:
     """Return the passes that the setting `passes` asks for; None: those that are on by default.
+
+    Args:
+        setting: As a person gave it.
+        may_pack: Unset: those that move weights are left out.
 
     Raises:
         ConfigError: A name is unknown, or something is no pass.
     """
     if setting is None:
-        return ChosenPasses(DEFAULT)
-    if setting == "off":
-        return ChosenPasses(())
-    if isinstance(setting, str):
-        setting = [name.strip() for name in setting.split(",") if name.strip()]
-    return ChosenPasses(setting)
+        setting = DEFAULT
+    elif isinstance(setting, str):
+        names = [] if setting == "off" else setting.split(",")
+        setting = [name.strip() for name in names if name.strip()]
+    return ChosenPasses([p for p in setting if may_pack or not _moves_weights(p)])
+
+
+def _moves_weights(entry: Any) -> bool:
+    return isinstance(entry, str) and entry in PACKING
 
 
 def load_pass(entry: Any) -> InductorPass:

@@ -13,9 +13,13 @@ PieceCallable = Callable[[list[Any]], Sequence[Any]]
 
 
 class Slot:
-    """What is known of one slot: its piece, what runs there, and why it is not compiled code."""
+    """What is known of one slot: its piece, what runs there, and why it is not compiled code.
 
-    __slots__ = ("compiler", "passes", "piece", "reason", "seconds_saved", "tier")
+    `passes` are rows of JSON data that say what each pass did. `timing` is how long compiled and
+    eager code took when the piece was verified, where known.
+    """
+
+    __slots__ = ("compiler", "passes", "piece", "reason", "seconds_saved", "tier", "timing")
 
     def __init__(
         self,
@@ -26,13 +30,15 @@ class Slot:
         reason: Any = None,
         seconds_saved: float = 0.0,
         passes: Sequence[Any] = (),
+        timing: Any = None,
     ) -> None:
         self.piece = piece
         self.compiler = compiler
         self.tier = tier
         self.reason = reason
         self.seconds_saved = seconds_saved
-        self.passes = passes  # What each pass did, as rows of JSON data.
+        self.passes = passes
+        self.timing = timing
 
 
 class SlotTable:

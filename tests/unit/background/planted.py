@@ -43,6 +43,15 @@ class Hanging(_Planted):
         time.sleep(600)
 
 
+class Held(Hanging):
+    """Hangs, where `Hanging` under its inherited name would be no compiler but eager."""
+
+    name = "held"
+
+    def identity(self) -> dict[str, str]:
+        return {"compiler": self.name}
+
+
 class HangingInC(Hanging):
     """No thread of the worker gets to run any more."""
 

@@ -20,6 +20,7 @@ from precast.cache.bundle import (
     verify_bundle,
     write_bundle,
 )
+from precast.cache.collect import prune
 from precast.cache.interface import CacheInterface
 from precast.cache.manifest import encode_body
 from precast.cache.trust import NO_KEYS, SigningKey, Trust
@@ -79,6 +80,12 @@ class WrittenAnew:
         with self._lock:
             self._kept.write_blob(digest, data)
             self._digests.add(digest)
+            self._write()
+
+    def delete_blob(self, digest: str) -> None:
+        with self._lock:
+            self._kept.delete_blob(digest)
+            self._digests.discard(digest)
             self._write()
 
     def __getattr__(self, method: str) -> Any:
@@ -170,6 +177,19 @@ def test_without_keys_everything_is_in_it(disk: DiskCache, tmp_path: Path) -> No
     }
     assert contents(BundleCache(path)) == contents(disk)
     assert verify_bundle(path) == {**made, "signed": 0}
+
+
+def test_what_is_only_about_one_cache_is_not_in_it(disk: DiskCache, tmp_path: Path) -> None:
+    """
+    When it was collected, and what failed there.
+    """
+    expected = create_bundle(tmp_path / "a.bundle", [disk])
+    storage = CacheStorage([disk], lambda _: None, lambda: 0.0)
+    storage.publish("failed-0123", {"kind": "failure", "failure": {}}, {})
+    prune([disk], emit=lambda _: None, max_bytes=None, max_age_s=None)
+    found = create_bundle(tmp_path / "b.bundle", [disk])
+    assert found == {**expected, "path": found["path"]}
+    assert (tmp_path / "a.bundle").read_bytes() == (tmp_path / "b.bundle").read_bytes()
 
 
 def test_an_assembly_is_enough_where_its_pieces_manifests_are_gone(

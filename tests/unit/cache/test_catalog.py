@@ -14,6 +14,8 @@ from precast.cache.catalog import (
     stored_parts,
     with_named,
 )
+from precast.cache.failures import failure_key
+from precast.cache.names import COLLECTION_KEY
 from stored import OTHER_TEXT, Stored
 
 
@@ -26,6 +28,8 @@ def stored(tmp_path: Path) -> Stored:
 def test_entries_say_what_they_are_and_who_uses_them(stored: Stored) -> None:
     piece = stored.add_piece(code=b"12345")
     assembly = stored.add_assembly(piece)
+    for key in (failure_key(piece), COLLECTION_KEY):  # Notes about this cache, and no artifacts.
+        stored._storage.publish(key, {}, {})
     entries = {entry["key"]: entry for entry in list_entries(stored.tier)}
     assert entries.keys() == {piece, assembly}
     found = entries[piece]

@@ -4,14 +4,17 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from precast.cache import object_store
 from precast.cache.interface import CacheInterface
 from precast.cache.layered import LayeredCache
-from precast.cache.object_store import READ_BYTES, ObjectStoreCache
+from precast.cache.object_store import READ_BYTES, ObjectStoreCache, _written_s
 from precast.cache.trust import Trust
 from precast.errors import ConfigError, StoreError
 from precast.events import ArtifactQuarantined, Event
@@ -212,3 +215,46 @@ def test_no_place_and_a_missing_package_are_refused(monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ConfigError, match=r"pip install precast\[s3\]"):
         ObjectStoreCache("s3://bucket")
+
+
+def test_sweeping_removes_old_leavings_and_no_entry(tmp_path: Path) -> None:
+    """
+    Parts of killed writers after an hour, what was set aside after thirty days.
+    """
+    tier = ObjectStoreCache(f"file://{tmp_path}")
+    tier.write_manifest(KEY, MANIFEST)
+    tier.write_blob(DIGEST, BLOB)
+    tier.quarantine_blob(DIGEST, "why")
+    for folder, age_s in (("tmp", 3601), ("tmp", 3500), ("quarantine", 30 * 86400 + 60)):
+        path = tmp_path / "v1" / folder / f"{age_s}"
+        path.write_bytes(b"x")
+        os.utime(path, (0, path.stat().st_mtime - age_s))
+    os.utime(tmp_path / "v1" / "ac" / f"{KEY}.json", (0, 0))
+    tier.sweep(0.0)
+    assert [path.name for path in (tmp_path / "v1" / "tmp").iterdir()] == ["3500"]
+    assert len(list((tmp_path / "v1" / "quarantine").iterdir())) == 2
+    [entry] = tier.entries()
+    assert (entry.name, entry.used_s) == (KEY, 0.0)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"LastModified": datetime(2001, 9, 9, 1, 46, 40, tzinfo=timezone.utc)},
+        {"mtime": 1_000_000_000},
+        {"updated": "2001-09-09T01:46:40.000Z", "created": 5.0},
+        {"mtime": "not a time", "last_modified": 1e9},
+    ],
+)
+def test_each_client_has_a_name_of_its_own_for_the_time(info: dict[str, Any]) -> None:
+    assert _written_s(info) == 1e9
+
+
+def test_what_does_not_say_how_old_it_is_never_grows_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_TIMES", ())
+    tier = ObjectStoreCache(f"memory://{tmp_path}")
+    tier.write_manifest(KEY, MANIFEST)
+    [entry] = tier.entries()
+    assert abs(entry.used_s - tier.now_s()) < 60

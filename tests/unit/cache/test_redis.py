@@ -18,6 +18,7 @@ from precast.events import ArtifactQuarantined, Event
 from precast.testing import BLOB, DIGEST, KEY, OTHER_KEY, CacheContract, make_manifest
 from servers import RedisServer
 
+DAY = 86400
 MANIFEST = make_manifest(KEY, 1)
 AC = f"v1/ac/{KEY}.json"
 CAS = f"v1/cas/sha256/{DIGEST[:2]}/{DIGEST}"
@@ -62,7 +63,8 @@ def test_the_keys_are_the_documented_ones(tier: RedisCache, client: Any, tmp_pat
     tier.write_manifest(KEY, MANIFEST)
     tier.write_blob(DIGEST, BLOB)
     found = {name.decode() for name in client.scan_iter(match=f"{tmp_path}/*")}
-    assert found == {f"{tmp_path}/{AC}", f"{tmp_path}/{CAS}"}
+    assert found == {f"{tmp_path}/{AC}", f"{tmp_path}/{CAS}", f"{tmp_path}/v1/used"}
+    assert [key for key, _ in client.zscan_iter(f"{tmp_path}/v1/used")] == [KEY.encode()]
     place = tier.quarantine_blob(DIGEST, "why").partition(":")[2]
     assert client.get(place) == BLOB
     assert client.get(f"{place}.reason") == b"why"
@@ -125,11 +127,113 @@ def test_a_write_replaces_whatever_lies_there(
     assert tier.read_blob(DIGEST) == BLOB
 
 
+@pytest.mark.parametrize("kind", ["manifest", "blob"])
+def test_what_is_written_while_it_is_looked_for_is_no_damage(
+    redis_server: RedisServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A reader that took it for an empty value would set it aside, and a fleet compile it again.
+    """
+    reader, writer = (RedisCache(redis_server.url, prefix=str(tmp_path)) for _ in range(2))
+    reader.prepare()
+    getrange = reader._client.getrange
+
+    def be_overtaken(*args: Any) -> bytes:
+        data: bytes = getrange(*args)
+        writer.write_manifest(KEY, MANIFEST)
+        writer.write_blob(DIGEST, BLOB)
+        return data
+
+    monkeypatch.setattr(reader._client, "getrange", be_overtaken)
+    if kind == "manifest":
+        assert reader.read_manifest(KEY) == MANIFEST
+    else:
+        assert reader.read_blob(DIGEST) == BLOB
+
+
+def uses(tier: RedisCache) -> dict[str, float]:
+    return {entry.name: entry.used_s for entry in tier.entries()}
+
+
+def test_what_collects_does_not_make_everything_young(tier: RedisCache, client: Any) -> None:
+    """
+    It reads all manifests, and a server takes that for a use: so uses are noted apart.
+    """
+    tier.write_manifest(KEY, MANIFEST)
+    noted_s = tier.now_s() - 10 * DAY
+    client.zadd(tier._uses_name, {KEY: noted_s})
+    assert tier.read_manifest(KEY) == MANIFEST
+    assert uses(tier) == {KEY: pytest.approx(noted_s)}
+    tier.touch_manifest(KEY)
+    assert uses(tier)[KEY] > noted_s + DAY
+    client.zadd(tier._uses_name, {KEY: noted_s})
+    tier.touch_manifest(KEY)  # Once an hour is enough.
+    assert uses(tier) == {KEY: pytest.approx(noted_s)}
+
+
+def test_what_bears_no_note_goes_by_its_idle_time(tier: RedisCache, client: Any) -> None:
+    tier.write_manifest(KEY, MANIFEST)
+    tier.write_blob(DIGEST, BLOB)
+    client.delete(tier._uses_name)
+    for name in (tier._manifest_name(KEY), tier._blob_name(DIGEST)):
+        client.restore(name, 0, client.dump(name), replace=True, idletime=10 * DAY)
+    found = uses(tier)
+    assert set(found) == {KEY, DIGEST}
+    # At times the server takes it for more: it counts idle seconds in 24 bits.
+    assert max(found.values()) < tier.now_s() - 10 * DAY + 60
+    assert tier.has_blob(DIGEST)  # Somebody is about to name it.
+    assert uses(tier)[DIGEST] > tier.now_s() - 60
+
+
+def test_a_server_that_evicts_by_frequency_knows_no_idle_times(
+    tier: RedisCache, client: Any
+) -> None:
+    """
+    What bears no note is then taken for young, and stays.
+    """
+    tier.write_blob(DIGEST, BLOB)
+    client.config_set("maxmemory-policy", "allkeys-lfu")
+    try:
+        assert uses(tier)[DIGEST] > tier.now_s() - 60
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_sweeping_drops_notes_of_what_is_gone(tier: RedisCache, client: Any) -> None:
+    tier.write_manifest(KEY, MANIFEST)
+    tier.write_manifest(OTHER_KEY, MANIFEST)
+    client.delete(tier._manifest_name(KEY))  # By the server, when it is full.
+    tier.touch_manifest(KEY)
+    tier.sweep(3600.0)
+    assert client.zrange(tier._uses_name, 0, -1) == [OTHER_KEY.encode()]
+    tier.quarantine_manifest(OTHER_KEY, "why")
+    tier.sweep(3600.0)
+    assert not client.exists(tier._uses_name)
+
+
+def test_one_who_may_only_set_and_get_can_publish(redis_server: RedisServer, client: Any) -> None:
+    """
+    Uses are not noted then, which stops nothing.
+    """
+    client.acl_setuser(
+        "plain", enabled=True, nopass=True, keys=["*"], commands=["+get", "+set", "+getrange"]
+    )
+    try:
+        tier = RedisCache(redis_server.url, prefix="plain", username="plain", password="x")
+        tier.write_manifest(KEY, MANIFEST)
+        tier.touch_manifest(KEY)
+        assert tier.read_manifest(KEY) == MANIFEST
+    finally:
+        client.acl_deluser("plain")
+
+
 def test_other_names_there_are_ignored(tier: RedisCache, client: Any, tmp_path: Path) -> None:
     client.set(f"{tmp_path}/v2/ac/{KEY}.json", MANIFEST)
     client.set(f"{tmp_path}/v1/ac/NO.json", MANIFEST)
+    client.set(f"{tmp_path}/v1/cas/sha256/ab/{DIGEST[:-1]}", BLOB)
     tier.write_manifest(OTHER_KEY, MANIFEST)
     assert list(tier.manifest_keys()) == [OTHER_KEY]
+    assert [entry.name for entry in tier.entries()] == [OTHER_KEY]
     assert tier.read_manifest(KEY) is None
 
 

@@ -113,6 +113,19 @@ class TiersAgree(RuleBasedStateMachine):
         self.blobs.pop(digest_of(blob), None)
         self.for_each_tier(lambda tier: tier.quarantine_blob(digest_of(blob), "reason"))
 
+    @rule(blob=blobs)
+    def delete_blob(self, blob: bytes) -> None:
+        self.blobs.pop(digest_of(blob), None)
+        self.for_each_tier(lambda tier: tier.delete_blob(digest_of(blob)))
+
+    @rule(key=keys)
+    def touch_manifest(self, key: str) -> None:
+        self.for_each_tier(lambda tier: tier.touch_manifest(key))
+
+    @rule()
+    def sweep(self) -> None:
+        self.for_each_tier(lambda tier: tier.sweep(3600.0))
+
     @precondition(lambda self: self.blobs)
     @rule(data=st.data())
     def link_tree(self, data: st.DataObject) -> None:
@@ -128,6 +141,10 @@ class TiersAgree(RuleBasedStateMachine):
     def they_agree(self) -> None:
         for tier in self.tiers:
             assert {key: tier.read_manifest(key) for key in tier.manifest_keys()} == self.manifests
+            entries = {(entry.is_manifest, entry.name) for entry in tier.entries()}
+            assert entries == {(True, key) for key in self.manifests} | {
+                (False, digest) for digest in self.blobs
+            }
             for blob in BLOBS:
                 digest = digest_of(blob)
                 assert tier.read_blob(digest) == self.blobs.get(digest)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.cache import CacheLoader, CacheStorage, DiskCache, MemoryCache
+from precast.cache import storage as storage_module
 from precast.cache.interface import CacheInterface
 from precast.cache.readonly import ReadOnlyCache
 from precast.cache.trust import Trust
@@ -71,6 +72,42 @@ def test_publishing_waits_for_near_tiers_only(
     storage.publish(KEY, {"again": 1}, {"a": b"1", "b": BLOB})
     assert storage.flush(20.0)
     assert far.writes[3:] == ["manifest"]  # The blobs are there.
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_lease_is_released_when_the_shared_tier_has_the_result(
+    tmp_path: Path,
+    far: FarCache,
+    writer: BackgroundWriter,
+    events: list[Event],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    is_slow: bool,
+) -> None:
+    """
+    Else the next holder would not find it, and do the work again. But not for ever.
+    """
+    monkeypatch.setattr(storage_module, "SETTLE_S", 0.1 if is_slow else 20.0)
+    monkeypatch.setattr(far, "leases", DiskCache(tmp_path / "agreed").leases, raising=False)
+    tiers: list[CacheInterface] = [DiskCache(tmp_path / "disk"), far]
+    storage = CacheStorage(tiers, events.append, clock, writer=writer, trust=ANYBODY)
+    others = DiskCache(tmp_path / "agreed").leases
+    assert others is not None
+    leases = storage.open_leases()
+    assert leases.try_acquire(KEY)
+    storage.publish(KEY, {}, {"a": b"1"})
+    releasing = threading.Thread(target=leases.close)
+    releasing.start()
+    if not is_slow:
+        time.sleep(0.1)
+        assert not others.try_acquire(KEY, "other", 60.0)
+        far.gate.set()
+    while not others.try_acquire(KEY, "other", 60.0):
+        time.sleep(0.001)
+    assert (far.read_manifest(KEY) is None) == is_slow
+    far.gate.set()
+    releasing.join()
+    others.release(KEY, "other")
 
 
 def test_without_a_disk_the_queue_holds_the_bytes(

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.codegen import PyCodegen
+from torch._dynamo.output_graph import OutputGraph
 
 from precast.capture.dynamo import capture_call, code_digests, size_of
 from precast.contract import ambient_state
@@ -125,3 +128,26 @@ def test_a_function_in_a_methods_place_is_looked_for_in_that_place(
     code, _ = code_digests([patched.__code__], Model.forward, model)
 
     assert f"{__name__}:Inner.forward" in [path for path, _ in code]
+
+
+def test_captures_in_several_threads_do_not_spoil_each_other() -> None:
+    """Each takes its own arguments only, and Dynamo is afterwards what it was before."""
+    before = (PyCodegen.make_call_generated_code, OutputGraph.graphargs)
+    start = threading.Barrier(4)
+    found: list[Any] = []
+
+    def capture() -> None:
+        model = Model()
+        start.wait()
+        for _ in range(3):
+            captured = capture_call(Model.forward, model, (torch.randn(3, 4),), {})
+            assert captured is not None
+            found.append(captured.entry.arguments)
+
+    threads = [threading.Thread(target=capture) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(arguments) for arguments in found] == [1] * 12
+    assert (PyCodegen.make_call_generated_code, OutputGraph.graphargs) == before

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from precast.assembly import are_apart
+from precast.blueprint import check_source
 from precast.capture.guards import (
     CallCheckWriter,
     PlaceTable,
@@ -85,7 +86,7 @@ def make_check(tensor: torch.Tensor, sizes: Any = None) -> Any:
     require_tensor(writer, parse_place("L['x']"), tensor, sizes)
     namespace: dict[str, Any] = {"TENSORS": frozenset((torch.Tensor, torch.nn.Parameter))}
     namespace.update((name, decode(data)) for name, data in writer.constants.items())
-    exec(writer.source(captured), namespace)
+    exec(check_source(f"def check({signature_of(captured.__code__)}):", writer.lines), namespace)
     return lambda x: writer.conditions[namespace["check"](x)]
 
 

@@ -15,8 +15,11 @@ VERSIONS: dict[str, str] = {
     "in_place": "1",
 }
 
-#: Those that prove worth it; docs/passes.md has the figures.
-DEFAULT: tuple[str, ...] = ("merge_linears_on_gpu",)
+#: Those that a measurement showed to be worth it: none so far; docs/passes.md has the figures.
+DEFAULT: tuple[str, ...] = ()
+
+#: They have weights become views of one tensor.
+PACKING = frozenset({"merge_linears", "merge_linears_on_gpu"})
 
 #: They change the whole graph, before it is cut: what they do shows in the pieces' texts, so that
 #: pieces' keys do not name them.
@@ -25,7 +28,6 @@ ON_WHOLE_GRAPH = frozenset(
         "canonical_norm",
         "canonical_residual",
         "activation_and_multiply",
-        "merge_linears",
-        "merge_linears_on_gpu",
+        *PACKING,
     }
 )

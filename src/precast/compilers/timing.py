@@ -1,0 +1,128 @@
+"""Whether compiled code is worth running: a piece timed beside its own text, run eager.
+
+Measured where pieces are compiled, in a process of low priority that shares the machine: so both
+are run in turns, and compiled code counts as slower only where its median, its best time and most
+single turns say so, at all sizes that were tried. When in doubt it is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from precast.compilers.interface import CompiledCallable
+    from precast.graph.piece import Piece
+
+#: How many times eager's time compiled code may take.
+SLOWER = 1.15
+
+_BUDGET_S = 0.3  # For one piece, all sizes together.
+_MOST_ROUNDS = 25
+_FEWEST_ROUNDS = 3
+_FEWEST_TO_JUDGE = 10
+_MOST_TURNS = 0.8  # The share of turns in which compiled code has to be slower.
+
+
+def time_piece(
+    piece: Piece, compiled: CompiledCallable, sizes: Sequence[Mapping[str, int]]
+) -> list[dict[str, Any]]:
+    """Return the seconds of one call, compiled and eager, at up to two sets of sizes.
+
+    Args:
+        piece: Gives the inputs, and runs eager.
+        compiled: The same, compiled and verified.
+        sizes: Those at which it was verified; the first are typical.
+    """
+    import torch
+
+    from precast.graph.read import eager_function, random_inputs
+
+    if not sizes:
+        return []
+    smallest = min(sizes, key=lambda row: sum(row.values()))
+    rows = [dict(sizes[0])] + [dict(smallest)] * (smallest != sizes[0])
+    eager = eager_function(piece)
+    on_device = piece.device == "cuda"
+    found = []
+    known: dict[int, torch.Tensor] = {}
+    for row in rows:
+        # A piece may write into its inputs: kept apart, or one run would feed the other.
+        inputs = random_inputs(piece, row, 0, None if piece.mutated else known)
+
+        def run_compiled(inputs: Any = inputs) -> None:
+            compiled(list(inputs))
+
+        def run_eager(inputs: Any = inputs) -> None:
+            eager(*inputs)
+
+        with torch.no_grad():
+            ours, theirs = _in_turns(run_compiled, run_eager, _BUDGET_S / len(rows), on_device)
+        found.append(
+            {
+                "sizes": row,
+                "compiled_s": statistics.median(ours),
+                "eager_s": statistics.median(theirs),
+                "compiled_best_s": min(ours),
+                "eager_best_s": min(theirs),
+                "num_turns": len(ours),
+                "slower_turns": sum(
+                    one > SLOWER * other for one, other in zip(ours, theirs, strict=True)
+                ),
+            }
+        )
+    return found
+
+
+def how_much_slower(timing: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """Say how much slower than eager compiled code is; None: it is not, or nothing is known."""
+    if not timing or any(
+        row["compiled_s"] <= SLOWER * row["eager_s"]
+        or row["compiled_best_s"] <= SLOWER * row["eager_best_s"]
+        or row["num_turns"] < _FEWEST_TO_JUDGE
+        or row["slower_turns"] < _MOST_TURNS * row["num_turns"]
+        for row in timing
+    ):
+        return None
+    row = timing[0]
+    return f"{row['compiled_s'] * 1e6:.0f} µs where eager takes {row['eager_s'] * 1e6:.0f} µs"
+
+
+def _in_turns(
+    first: Callable[[], None], second: Callable[[], None], budget_s: float, on_device: bool
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of each run of two functions, run in turns after one warm-up each."""
+    measure = _device_seconds if on_device else _seconds
+    deadline = time.perf_counter() + budget_s
+    measure(first)
+    measure(second)
+    found: tuple[list[float], list[float]] = ([], [])
+    while len(found[0]) < _MOST_ROUNDS:
+        # Each begins every other turn: what runs second finds its inputs in the caches.
+        turn = [(first, found[0]), (second, found[1])]
+        for run, seconds in turn if len(found[0]) % 2 else reversed(turn):
+            seconds.append(measure(run))
+        if time.perf_counter() > deadline and len(found[0]) >= _FEWEST_ROUNDS:
+            break
+    return found
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _device_seconds(run: Callable[[], None]) -> float:
+    """Time by the device's own clock, what it waits for its host included."""
+    import torch
+
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    started.record()
+    run()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(started.elapsed_time(ended)) / 1e3

@@ -1,0 +1,414 @@
+"""Compiling behind a model that serves: calls run eager meanwhile, and pieces are swapped in.
+
+One `BackgroundCompiler` serves one model with all its blocks. Its thread has a call captured (in a
+child process; in this one, between two calls, only where the model cannot be sent), has the pieces
+compiled in workers, those of most use first, and fills the slots of an assembly as each is there.
+It never traces while a call runs, and never compiles. What a model does with an assembly, and when
+a call is worth compiling, is `serving.py`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from precast.assembly import Bound, LoadedAssembly, open_assembly
+from precast.background.ambient import Ambient
+from precast.background.capture import (
+    CalledOffError,
+    CaptureChild,
+    UnrecordableError,
+    draw_call,
+    dump_call,
+    dump_model,
+)
+from precast.background.skeleton import CannotSendError, hollow
+from precast.blueprint import Blueprint, slot_of, slot_table
+from precast.errors import CaptureError, PrecastError, Reason, in_words
+from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
+from precast.manager import PieceResult, pending_result
+from precast.runtime.collector import no_collection
+from precast.runtime.gate import CallGate
+
+if TYPE_CHECKING:
+    from precast.background.capture import Captured
+    from precast.runtime.slot import SlotTable
+    from precast.serving import CompiledModel
+
+# How long is waited for the thread, which may be tracing: at exit, and when a model is released.
+_EXIT_S = 0.8
+_RELEASE_S = 2.0
+# Before each step that holds the interpreter's lock for a while: calls wait for it, too. The first
+# is the answer to the call that asked.
+_AFTER_YOU_S = 0.01
+
+
+class Request:
+    """One kind of call to be compiled: what is needed to make it again, without its data."""
+
+    def __init__(
+        self,
+        target: CompiledModel,
+        signature: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Take the call as it is before it runs. `args` are without the owner."""
+        self.target = target
+        self.signature = signature
+        self.function = target.function
+        self.ambient = Ambient.now()
+        self.started = time.perf_counter()
+        self.args, self.kwargs = hollow_call(args, kwargs)
+        self.call: bytes | None = None
+        self.why_not_sent = ""
+        try:
+            self.call = dump_call(args, kwargs)
+        except CannotSendError as problem:
+            self.why_not_sent = str(problem)
+
+
+def hollow_call(args: Any, kwargs: Any) -> Any:
+    """Return a call's arguments with its tensors, in plain containers, without their data."""
+    import torch
+
+    known: dict[int, Any] = {}
+
+    def replace(value: Any) -> Any:
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided:
+            # One object at two places stays one.
+            return known.setdefault(id(value), hollow(value))
+        if type(value) in (tuple, list):
+            return type(value)(map(replace, value))
+        if type(value) is dict:
+            return {key: replace(item) for key, item in value.items()}
+        return value
+
+    return replace((args, kwargs))
+
+
+class BackgroundCompiler:
+    """Compiles requests one after the other, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.gate = CallGate()
+        self._state = state = _State()
+        # Started here, and not by the first call, which is to be answered at once. A daemon: the
+        # interpreter does not wait for it at exit.
+        state.thread = threading.Thread(
+            target=_serve, args=(state, self.gate), name="precast-behind", daemon=True
+        )
+        state.thread.start()
+        # At exit too: workers must not outlive us, nor their files. Holds no reference to us.
+        self._end = weakref.finalize(self, _State.end, self._state, _EXIT_S)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        state = self._state
+        with state.condition:
+            if state.is_ended:
+                return
+            state.waiting.append(request)
+            state.condition.notify_all()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Return when nothing is left to do; False where `timeout` seconds ran out."""
+        state = self._state
+        with state.condition:
+            return state.condition.wait_for(
+                lambda: not state.waiting and state.current is None, timeout
+            )
+
+    def close(self) -> None:
+        """End everything at once; nothing is installed any more."""
+        self._end.detach()
+        self._state.end(_RELEASE_S)
+
+    def forget(self) -> None:
+        """Let go of everything without ending it: for a fork, which has no claim to it."""
+        self._end.detach()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is going on, as plain data."""
+        state = self._state
+        with state.condition:
+            return {"doing": state.doing, "waiting": len(state.waiting)}
+
+
+class _State:
+    """What the thread and its owner share."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.waiting: deque[Request] = deque()
+        self.thread: threading.Thread | None = None
+        self.current: Request | None = None
+        self.child: CaptureChild | None = None
+        self.doing: str | None = None
+        self.is_ended = False
+        self.pid = os.getpid()
+
+    def end(self, patience_s: float) -> None:
+        """End child, workers and thread; return when they are gone, or patience is at its end."""
+        if os.getpid() != self.pid:
+            return  # A fork: they are its parent's.
+        with self.condition:
+            self.is_ended = True
+            self.waiting.clear()
+            self.condition.notify_all()
+            thread, current, child = self.thread, self.current, self.child
+        deadline = time.monotonic() + patience_s
+        if child is not None:
+            child.end()
+        while thread is not None and thread is not threading.current_thread():
+            if current is not None:
+                # Again and again: the thread may be about to start workers.
+                current.target.session.manager.close()
+            thread.join(0.05)
+            if not thread.is_alive() or time.monotonic() > deadline:
+                return
+            with self.condition:
+                current = self.current
+
+
+def _serve(state: _State, gate: CallGate) -> None:
+    while True:
+        with state.condition:
+            state.child = state.doing = state.current = None
+            state.condition.notify_all()
+            state.condition.wait_for(lambda: state.waiting or state.is_ended)
+            if state.is_ended:
+                return
+        time.sleep(_AFTER_YOU_S)
+        with state.condition:
+            if not state.waiting:
+                continue  # Ended meanwhile.
+            request = state.current = state.waiting.popleft()
+            child = state.child = CaptureChild()
+        _serve_one(state, gate, request, child)
+        del request
+
+
+def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> None:
+    target = request.target
+    try:
+        if target.is_served(request):
+            return
+        target.session.manager.prestart()
+        state.doing = "capturing"
+        captured = _capture(state, gate, request, child)
+        state.doing = "compiling"
+        with no_collection():
+            growth = _Growth(state, request, captured)
+        growth.run()
+    except CalledOffError:
+        pass
+    except Exception as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
+        if not state.is_ended:  # Else it is what the end brought about.
+            target.fail(request, _why(error, target.session.name))
+    finally:
+        target.session.manager.close()
+        target.finish(request)
+
+
+def _why(error: Exception, name: str) -> PrecastError | Reason:
+    if isinstance(error, UnrecordableError):
+        return Reason(
+            "trace-on-start",
+            f"{error}; it would be traced at each start, which progressive mode does not do "
+            "beside calls: they run eager",
+            'keep such values out of what the model reads in forward, or use mode="blocking"',
+        )
+    return error if isinstance(error, PrecastError) else CaptureError(name, in_words(error))
+
+
+def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> Captured:
+    session, owner = request.target.session, request.target.owner
+    started = time.perf_counter()
+    try:
+        if request.call is None:
+            raise CannotSendError(request.why_not_sent)
+        model = dump_model(request.function, owner)
+        captured = child.blueprint(
+            model,
+            request.call,
+            session.config,
+            session.passes,
+            request.ambient,
+            session.name,
+        )
+    except CannotSendError as problem:
+        captured = _capture_here(state, gate, request, str(problem))
+    blueprint = captured.blueprint
+    seconds = time.perf_counter() - started
+    session.emit(CaptureFinished(session.name, seconds, blueprint.num_nodes, blueprint.num_guards))
+    for piece, reason in captured.fell_back:
+        session.emit(FellBack(session.name, piece, reason))
+    num_slots = sum(number is not None for number, _ in blueprint.slots)
+    session.emit(PlanMade(session.name, num_slots, len(blueprint.pieces), blueprint.split))
+    return captured
+
+
+def _capture_here(state: _State, gate: CallGate, request: Request, problem: str) -> Captured:
+    """Capture in this process, between two calls of the model."""
+    importlib.import_module("torch._dynamo")  # Seconds, in which calls are still served.
+    target = request.target
+    held_up_s = 0.0
+
+    class Alone:
+        """Around the trace alone: cutting and writing patch nothing."""
+
+        def __enter__(self) -> None:
+            self._shut = gate.alone(lambda: state.is_ended)
+            if not self._shut.__enter__():
+                self._shut.__exit__(None, None, None)
+                raise CalledOffError
+            self._started = time.perf_counter()
+
+        def __exit__(self, *error: Any) -> None:
+            nonlocal held_up_s
+            held_up_s = time.perf_counter() - self._started
+            self._shut.__exit__(None, None, None)
+
+    with request.ambient.around() as is_alike:
+        if not is_alike:
+            raise CaptureError(
+                target.session.name,
+                f"{problem}, and it is called in a state that no other thread can take on",
+            )
+        try:
+            return draw_call(
+                request.function,
+                target.owner,
+                request.args,
+                request.kwargs,
+                target.session.config,
+                target.session.passes,
+                target.session.name,
+                alone=Alone(),
+            )
+        finally:
+            if held_up_s:
+                target.note(
+                    Reason(
+                        "capture-in-process",
+                        f"{problem}; it was captured in this process, which held calls up for "
+                        f"{held_up_s:.1f} s",
+                        "define the model in a module of its own, to have a child process do it",
+                    )
+                )
+
+
+class _Growth:
+    """An assembly whose pieces land one by one.
+
+    Until the first compiled one is there, calls run as they did. From then on the model runs
+    stitched, the pieces that are still missing as text.
+    """
+
+    def __init__(self, state: _State, request: Request, captured: Captured) -> None:
+        self._state = state
+        self._request = request
+        self._blueprint: Blueprint = captured.blueprint
+        self._results = [pending_result(piece) for piece in self._blueprint.pieces]
+        self._loaded: LoadedAssembly | None = None
+
+    def run(self) -> None:
+        """Have all pieces compiled; install, swap and publish."""
+        request, blueprint = self._request, self._blueprint
+        if self._state.is_ended:
+            raise CalledOffError
+        results = request.target.session.manager.compile(
+            blueprint.pieces,
+            blueprint.names,
+            order=blueprint.order_of_worth(),
+            on_result=self._take,
+        )
+        if self._state.is_ended:
+            raise CalledOffError
+        self._results = results
+        if self._loaded is None:
+            self._install()
+        assert self._loaded is not None
+        request.target.complete(request, self._loaded, blueprint.assembly(results), results)
+
+    def _take(self, number: int, result: PieceResult) -> None:
+        if self._state.is_ended:
+            raise CalledOffError
+        time.sleep(_AFTER_YOU_S)
+        with no_collection():
+            self._swap_in(number, result)
+
+    def _swap_in(self, number: int, result: PieceResult) -> None:
+        before = self._results[number]
+        self._results[number] = result
+        if self._loaded is None:
+            if result.compiler != "eager":
+                self._install()
+            return
+        self._try_out(self._loaded, [number])
+        assembly = self._blueprint.assembly(self._results)
+        if result.ranges and before.ranges != result.ranges:
+            # Calls inside go on with the slots that they have: the new code may not be for them.
+            successor = open_assembly(
+                assembly, self._loaded.key, self._slots(), self._request.function
+            )
+            self._loaded = self._request.target.replace(self._request, self._loaded, successor)
+        else:
+            self._loaded.assembly = assembly
+            for index, (piece, name) in enumerate(self._blueprint.slots):
+                if piece == number:
+                    self._loaded.slots.swap(index, result.call, slot_of(name, result))
+        self._tell([number])
+
+    def _install(self) -> None:
+        target, request = self._request.target, self._request
+        self._loaded = target.open(request, self._blueprint.assembly(self._results), self._slots())
+        everything = range(len(self._results))
+        time.sleep(_AFTER_YOU_S)
+        self._try_out(self._loaded, everything)
+        target.admit(request, self._loaded)
+        self._tell(everything)
+
+    def _slots(self) -> SlotTable:
+        return slot_table(self._blueprint.slots, self._results)
+
+    def _try_out(self, loaded: LoadedAssembly, numbers: Sequence[int]) -> None:
+        """Run new code once, with the model's weights: what it loads late is then no call's wait.
+
+        A GPU's kernels are opened at their first run, and a library's pages read.
+        """
+        import torch
+
+        from precast.graph.read import edge_sizes, random_inputs
+
+        if not isinstance(loaded.bound, Bound):
+            return
+        weights = loaded.bound.binding.weights
+        done: set[int] = set()
+        for (number, _), group in zip(self._blueprint.slots, self._blueprint.groups, strict=True):
+            if number is None or number not in numbers or number in done:
+                continue
+            done.add(number)
+            piece, result = self._blueprint.pieces[number], self._results[number]
+            if result.compiler == "eager" or piece.mutated:
+                continue
+            first = len(piece.inputs) - len(group)
+            sizes = min(edge_sizes(piece), key=lambda row: sum(row.values()))
+            known = {first + i: weights[position] for i, position in enumerate(group)}
+            with torch.no_grad(), contextlib.suppress(Exception):
+                result.call(random_inputs(piece, sizes, 0, known))
+
+    def _tell(self, numbers: Sequence[int]) -> None:
+        session = self._request.target.session
+        is_eager = [result.compiler == "eager" for result in self._results]
+        for index, (piece, _) in enumerate(self._blueprint.slots):
+            if piece is not None and piece in numbers and not is_eager[piece]:
+                session.emit(SlotSwapped(session.name, index, self._results[piece].compiler))

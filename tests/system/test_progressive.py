@@ -1,0 +1,603 @@
+"""Serving while pieces compile: real children and workers, cheap compilers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import precast
+from precast.events import Event, SlotSwapped
+from system.conftest import ROOT
+from system.models import (
+    Block,
+    Filed,
+    Hanging,
+    Narrow,
+    Raising,
+    assert_same,
+    compiled,
+    eager,
+    make_net,
+    names,
+    served_by_nobody,
+)
+
+
+@pytest.fixture(autouse=True)
+def cold_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PRECAST_WORKER_WARM", "0")  # These compilers do not need Inductor.
+    with torch.no_grad():
+        yield
+
+
+def serve(model: Any, cache_dir: Any, **settings: Any) -> tuple[Any, list[Event]]:
+    settings = {"compiler": Filed(), "on_error": "eager", "mode": "progressive", **settings}
+    return compiled(model, cache_dir, **settings)
+
+
+def codes(model: Any) -> list[str]:
+    return [reason["code"] for reason in precast.status(model)["reasons"]]
+
+
+def compilers(model: Any) -> list[str]:
+    return [p["compiler"] for a in precast.status(model)["assemblies"] for p in a["pieces"]]
+
+
+class Local(nn.Module):
+    """Holds a lock, and so cannot be sent to another process."""
+
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(8, 8) for _ in range(depth))
+        self.last = nn.Linear(8, 8)
+        self.guard = threading.Lock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def make_local() -> Local:
+    torch.manual_seed(0)
+    return Local().eval()
+
+
+_WHOLE_WAY = """
+import sys, torch, precast
+from system.models import Filed, compiled, eager, make_net, names
+model, events = compiled(
+    make_net(depth=5), sys.argv[1], compiler=Filed(), mode="progressive",
+    disable_compile_cache=sys.argv[2] == "off",
+)
+x = torch.ones(3, 8)
+with torch.inference_mode():
+    expected = model.forward(x)
+    assert torch.equal(model(x), expected)
+    print(*names(events))
+    assert precast.wait(model, 120)
+    pieces = [p["compiler"] for p in precast.status(model)["assemblies"][0]["pieces"]]
+    assert set(pieces) == {"filed"} and len(pieces) >= 5, pieces
+    for size in (3, 2, 7):
+        x = torch.randn(size, 8)
+        assert torch.equal(model(x), model.forward(x))
+    assert len(precast.status(model)["assemblies"]) == 1
+print(*names(events))
+print(precast.status(model)["reasons"])
+print([n for n in sys.modules if n.startswith(("torch._dynamo", "torch._inductor", "sympy"))])
+"""
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_serving_process_never_traces(cache: str, tmp_path: Path, run_python: Any) -> None:
+    """It is served eager, then compiled, without importing a tracer; the next start is whole.
+
+    Without a cache it is the same, but for the next start.
+    """
+    path = tmp_path / "cache"
+    first, then, reasons, imported = run_python(_WHOLE_WAY, path, cache).splitlines()
+    assert "SlotSwapped" not in first.split()
+    happened = then.split()
+    assert happened.index("PlanMade") < happened.index("SlotSwapped") < happened.index("ModelReady")
+    assert (reasons, imported) == ("[]", "[]")
+    if cache == "on":
+        _, then, *_ = run_python(_WHOLE_WAY, path, cache).splitlines()
+        assert then.split().count("PieceLoaded") == happened.count("PieceCompiled")
+        assert then.split()[-2:] == ["AssemblyLoaded", "ModelReady"]
+        assert "CaptureFinished" not in then.split()
+    else:
+        assert not path.exists()
+
+
+_REAL = """
+import sys, torch, precast
+from system.models import compiled, make_plain, names
+model = make_plain()
+model.register_buffer("another", torch.zeros(1))  # Another model, of the same pieces.
+model, events = compiled(
+    model, sys.argv[1], compiler="auto", compilation_level="full", mode="progressive"
+)
+x = torch.linspace(-1, 1, 48).reshape(3, 16)
+with torch.inference_mode():
+    expected = model.forward(x)
+    assert torch.equal(model(x), expected)
+    assert precast.wait(model, 240)
+    assert (model(x) - expected).abs().max() < 1e-5  # `torch.testing` imports sympy.
+print(*names(events))
+print(*[p["compiler"] for p in precast.status(model)["assemblies"][0]["pieces"]])
+print([n for n in sys.modules if n.startswith(("torch._dynamo", "torch._inductor", "sympy"))])
+"""
+
+
+@pytest.mark.compile
+def test_real_code_is_swapped_in_without_a_compiler_in_the_process(
+    real_cache: Path, tmp_path: Path, run_python: Any
+) -> None:
+    """The pieces of another model are found, the rest of the way is all there is to do."""
+    shutil.copytree(real_cache, tmp_path / "cache", symlinks=True)
+    happened, compilers, imported = run_python(_REAL, tmp_path / "cache").splitlines()
+    assert "SlotSwapped" in happened.split()
+    assert "PieceLoaded" in happened.split()
+    assert "CompileStarted" not in happened.split()
+    assert set(compilers.split()) == {"aot_inductor"}
+    assert imported == "[]"
+
+
+def test_a_model_that_cannot_be_sent_is_captured_between_calls(tmp_path: Path) -> None:
+    """
+    Eight threads call it all the while; every output is eager's. The reason has the cost.
+    """
+    model, events = serve(make_local(), tmp_path)
+    inputs = [torch.randn(size, 8) for size in (2, 3, 5, 8)]
+    expected = [eager(model, x) for x in inputs]
+    stop = threading.Event()
+    problems: list[str] = []
+    num_calls = [0] * 8
+
+    def call(number: int) -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                for x, y in zip(inputs, expected, strict=True):
+                    try:
+                        if not torch.equal(model(x), y):
+                            problems.append("another result")
+                    except Exception as error:  # noqa: BLE001 - what is looked for.
+                        problems.append(repr(error))
+                    num_calls[number] += 1
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    assert precast.wait(model, 120)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert precast.wait(model, 120)
+    assert problems == []
+    assert min(num_calls) > 0
+    assert codes(model) == ["capture-in-process"]
+    assert "held calls up for" in precast.status(model)["reasons"][0]["message"]
+    assert set(compilers(model)) == {"filed"}
+    assert names(events).count("CaptureFinished") == 1
+
+
+def test_a_new_shape_runs_eager_and_is_swapped_in_later(tmp_path: Path) -> None:
+    """One request for each kind of call, however often it comes; `max_assemblies` holds."""
+    model, events = serve(make_local(), tmp_path, max_assemblies=2)
+    few, many = torch.randn(1, 8), torch.randn(4, 8)
+    cube = torch.randn(2, 3, 8)
+    for x in (many, few, cube):
+        for _ in range(3):
+            assert_same(model(x), eager(model, x))
+        assert precast.wait(model, 120)
+        for _ in range(2):
+            assert_same(model(x), eager(model, x))
+    assert precast.wait(model, 120)
+    assert len(precast.status(model)["assemblies"]) == 2
+    assert "CallOutsideContract" in names(events)
+    assert names(events).count("CaptureFinished") <= 3
+    before = len(events)
+    for x in (few, many, cube):
+        assert_same(model(x), eager(model, x))
+    assert precast.wait(model, 120)
+    assert "CaptureFinished" not in names(events[before:])
+
+
+def test_code_for_fewer_sizes_is_swapped_in_for_those(tmp_path: Path) -> None:
+    """Also where the second piece to land holds for fewer than the first, which serves already."""
+    model, _ = serve(make_local(), tmp_path, compiler=Narrow())
+    model(torch.randn(4, 8))
+    assert precast.wait(model, 120)
+    assert compilers(model) == ["narrow"] * 6
+    loaded = model._compiled_call_impl.loaded[0]
+    assert loaded.why_not((model, torch.randn(6, 8)), {}) is None
+    assert loaded.why_not((model, torch.randn(7, 8)), {}) is not None
+    for size in (2, 6, 7, 100):
+        x = torch.randn(size, 8)
+        assert_same(model(x), eager(model, x))
+    conditions = precast.status(model)["assemblies"][0]["conditions"]
+    assert any("..6" in text for text in conditions), conditions
+
+
+def test_a_failure_is_not_tried_at_every_call(tmp_path: Path) -> None:
+    """Pieces that no compiler takes stay eager, with the reason; a model that cannot be captured
+    is left as it was.
+    """
+    model, events = serve(make_local(), tmp_path, compiler=Raising())
+    x = torch.randn(3, 8)
+    for _ in range(3):
+        assert_same(model(x), eager(model, x))
+        assert precast.wait(model, 120)
+    assert set(compilers(model)) == {"eager"}
+    reasons = {p["reason"]["code"] for p in precast.status(model)["assemblies"][0]["pieces"]}
+    assert reasons == {"compile-failed"}
+    assert names(events).count("CaptureFinished") == 1
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    served, events = serve(broken, tmp_path)
+    for _ in range(3):
+        assert_same(served(x), x + 1)
+        assert precast.wait(served, 120)
+    assert codes(served) == ["capture-in-process", "capture-failed"]
+    assert names(events).count("CaptureFailed") == 1
+
+
+def children() -> set[int]:
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(os.getpid())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {int(pid) for pid in found.stdout.split()}
+
+
+def wait_for(events: list[Event], name: str) -> None:
+    deadline = time.monotonic() + 120
+    while name not in names(events):
+        assert time.monotonic() < deadline, names(events)
+        time.sleep(0.02)
+
+
+def test_release_during_a_compile_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children()
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    model, events = serve(make_local(), tmp_path / "cache", compiler=Hanging())
+    x = torch.randn(3, 8)
+    model(x)
+    wait_for(events, "CompileStarted")
+    assert not precast.wait(model, 0.01)
+    thread = model._compiled_call_impl.compiled._behind._state.thread
+    assert precast.status(model)["behind"]["doing"] == "compiling"
+    started = time.monotonic()
+    precast.release(model)
+    assert time.monotonic() - started < 5
+    assert model._compiled_call_impl is None
+    assert "ModelReady" not in names(events)
+    assert_same(model(x), model.forward(x))
+    assert not thread.is_alive()
+    assert not children() - before - {0} or _all_gone(children() - before)
+    assert list(folder.iterdir()) == []
+
+
+def _all_gone(pids: set[int]) -> bool:
+    """The `ps` that listed them is one itself."""
+    time.sleep(0.2)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+_EXIT = """
+import sys, tempfile, threading, time, torch
+tempfile.tempdir = sys.argv[2]
+from system.models import Hanging, compiled, make_net, names
+model, events = compiled(
+    make_net(), sys.argv[1], compiler=Hanging(), mode="progressive", on_error="eager"
+)
+with torch.no_grad():
+    model(torch.ones(3, 8))
+while sys.argv[3] not in names(events):
+    time.sleep(0.01)
+    if sys.argv[3] == "capture":
+        time.sleep(0.3)
+        break
+print(time.time(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("stage", ["capture", "CompileStarted"])
+def test_an_exit_leaves_nothing_behind(stage: str, tmp_path: Path) -> None:
+    """Neither a process nor a file, and at once, whatever a compiler thinks of signals."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    # A group of its own would not hold the children: they have groups of theirs. A mark does.
+    mark = f"PRECAST_TEST_MARK={tmp_path}"
+    done = subprocess.run(
+        [sys.executable, "-c", _EXIT, str(tmp_path / "cache"), str(folder), stage],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path, "PRECAST_TEST_MARK": str(tmp_path)},
+    )
+    ended = time.time()
+    assert ended - float(done.stdout) < 5  # A second on a machine with nothing else to do.
+    deadline = time.monotonic() + 5
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert list(folder.iterdir()) == []
+
+
+def _marked(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_thousand_swaps_under_eight_threads(tmp_path: Path) -> None:
+    """Slots are replaced while calls are inside: every output equals eager's."""
+    model, _ = compiled(make_local(), tmp_path, compiler=Filed())
+    model(torch.randn(3, 8))
+    loaded = model._compiled_call_impl.loaded[0]
+    table = loaded.slots
+    used = [i for i, slot in enumerate(table.slots) if slot is not None]
+    originals = {i: (table.callables[i], table.slots[i]) for i in used}
+    inputs = [torch.randn(size, 8) for size in range(2, 10)]
+    expected = [eager(model, x) for x in inputs]
+    stop = threading.Event()
+    num_calls, problems = [0] * 8, []
+
+    def call(number: int) -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    torch.testing.assert_close(model(inputs[number]), expected[number])
+                except Exception as error:  # noqa: BLE001 - what is looked for.
+                    problems.append(repr(error))
+                num_calls[number] += 1
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for number in range(1000):
+        index = used[number % len(used)]
+        run, slot = originals[index]
+        # Other code for the same piece: new at every swap, as a compiler's would be.
+        table.swap(index, lambda inputs, run=run: tuple(run(inputs)), slot)
+        if not number % 50:
+            time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert min(num_calls) > 0
+    assert codes(model) == []
+
+
+def resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) << 10
+    raise AssertionError
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_soak_over_mixed_shapes_does_not_grow(tmp_path: Path) -> None:
+    """Thousands of calls, of more kinds than are compiled: neither objects nor memory grow."""
+    model, _ = serve(make_local(), tmp_path, use_inductor=False, max_assemblies=2)
+    shapes = [(1, 8), (2, 8), (7, 8), (64, 8), (2, 3, 8), (1, 1, 8), (2, 2, 2, 8), (0, 8)]
+    inputs = [torch.randn(shape) for shape in shapes]
+
+    def soak(rounds: int) -> None:
+        for _ in range(rounds):
+            for x in inputs:
+                model(x)
+
+    soak(20)
+    assert precast.wait(model, 120)
+    soak(50)
+    gc.collect()
+    objects, memory = len(gc.get_objects()), resident_bytes()
+    soak(400)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 500
+    assert resident_bytes() - memory < 16 << 20
+    for x in inputs:
+        assert_same(model(x), eager(model, x))
+
+
+def merge(model: Local) -> None:
+    for layer in model.layers:
+        layer.up.weight.data.add_(0.01)
+        layer.down.weight.copy_(layer.down.weight * 1.5)
+
+
+def test_weights_merged_in_place_count_at_once(tmp_path: Path) -> None:
+    """As a LoRA merge does: before, while and after pieces are compiled."""
+    model, _ = serve(make_local(), tmp_path)
+    x = torch.randn(3, 8)
+    before = model(x)
+    merge(model)
+    assert precast.wait(model, 120)
+    assert not torch.equal(model(x), before)
+    for _ in range(2):
+        assert_same(model(x), eager(model, x))
+        merge(model)
+    assert_same(model(x), eager(model, x))
+    assert set(compilers(model)) == {"filed"}
+
+
+@pytest.mark.parametrize(
+    ("how", "make"), [("inference", make_local), ("autocast", make_local), ("autocast", make_net)]
+)
+def test_modes_around_the_call_are_those_of_the_capture(
+    how: str, make: Any, tmp_path: Path
+) -> None:
+    """The call's own mode is captured, and a call in another one is not served by it wrongly."""
+    modes: dict[str, Any] = {
+        "inference": torch.inference_mode,
+        "no_grad": torch.no_grad,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    model, _ = serve(make(), tmp_path)
+    x = torch.randn(3, 8)
+    with modes[how]():
+        model(x)
+        assert precast.wait(model, 120)
+        assert "filed" in compilers(model), codes(model)
+    for mode in modes.values():
+        with mode():
+            found, expected = model(x), eager(model, x)
+            assert found.is_inference() == expected.is_inference()
+            assert_same(found, expected)
+    assert precast.wait(model, 120)
+
+
+def test_a_moved_model_is_followed(tmp_path: Path) -> None:
+    """To another dtype and another device and back, as eager would."""
+    model, _ = serve(make_local(), tmp_path)
+    x = torch.randn(3, 8)
+    for change in (
+        model.double,
+        model.float,
+        lambda: model.to("meta"),
+        lambda: model.to_empty(device="cpu"),
+    ):
+        model(x.to(next(model.parameters())))
+        assert precast.wait(model, 120)
+        change()
+        if next(model.parameters()).is_meta:
+            assert model(x.to("meta")).is_meta
+            assert precast.wait(model, 120)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    assert_same(model(x), eager(model, x))
+
+
+def _in_fork(work: Any) -> int:
+    """Run something in a fork of this process; return its exit status, or -1 if it hangs."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001 - shown, since nobody else can.
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """GNU's OpenMP hangs in a fork of a process that has used several threads, in eager too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_fork_serves_on(tmp_path: Path, one_thread: None) -> None:
+    """A fork made after a compile, and in the middle of one, with a lock held: it never hangs."""
+    model, _ = serve(make_local(), tmp_path)
+    hung, events = serve(make_local(), tmp_path / "other", compiler=Hanging())
+    x = torch.randn(3, 8)
+    model(x)
+    assert precast.wait(model, 120)
+    hung(x)
+    wait_for(events, "CompileStarted")
+    expected = eager(model, x)
+
+    def work() -> None:
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+            assert torch.equal(hung(x), expected)
+            assert precast.wait(model, 60)
+            new = torch.randn(2, 2, 8)
+            assert torch.equal(hung(new), eager(hung, new))
+            precast.release(model)
+            precast.release(hung)
+            assert torch.equal(model(x), expected)
+
+    compiled_model = model._compiled_call_impl.compiled
+    with compiled_model._lock, hung._compiled_call_impl.compiled._lock:
+        holder = threading.Thread(target=lambda: None)
+        holder.start()
+        holder.join()
+        # The lock is held by this thread; in the fork it must not count.
+        assert _in_fork(work) == 0
+    # The parent's worker was not the fork's to end.
+    assert precast.status(hung)["behind"]["doing"] == "compiling"
+    assert_same(model(x), expected)
+    precast.release(hung)
+
+
+def test_progressive_wants_a_compiler_that_works_elsewhere() -> None:
+    with pytest.raises(precast.PrecastError, match="outside of this process"):
+        precast.compile(make_local(), mode="progressive", compiler="inductor")
+
+
+def test_failures_raise_at_the_wait_if_asked_to(tmp_path: Path) -> None:
+    model, _ = serve(make_local(), tmp_path, compiler=Raising(), on_error="raise")
+    x = torch.randn(3, 8)
+    assert_same(model(x), eager(model, x))
+    with pytest.raises(precast.PrecastError, match="no such luck"):
+        precast.wait(model, 120)
+    assert_same(model(x), eager(model, x))
+
+
+def test_slots_are_told_of_one_by_one(tmp_path: Path) -> None:
+    """Those pieces first that most slots run."""
+    model, events = serve(make_local(), tmp_path)
+    model(torch.randn(3, 8))
+    assert precast.wait(model, 120)
+    swapped = [event.slot for event in events if isinstance(event, SlotSwapped)]
+    assert sorted(swapped) == list(range(len(compilers(model))))
+    with served_by_nobody(model):
+        assert model._compiled_call_impl is None
+
+
+def test_a_model_that_is_gone_leaves_no_thread(tmp_path: Path) -> None:
+    model, _ = serve(make_local(), tmp_path)
+    thread = model._compiled_call_impl.compiled._behind._state.thread
+    assert thread.is_alive()
+    del model
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
