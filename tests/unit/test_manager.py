@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,7 @@ from precast.events import (
 )
 from precast.graph.piece import Piece
 from precast.manager import CompilerManager, check_compiler
+from precast.passes.chosen import choose
 from unit.compilers.example_pieces import TINY
 
 
@@ -113,6 +114,7 @@ class Setup:
         answer: Any = None,
         shared: Path | None = None,
         trust: Trust = NO_KEYS,
+        passes: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
         self.events: list[Event] = []
@@ -134,6 +136,7 @@ class Setup:
             self.events.append,
             lambda: self.service,
             wall_clock=lambda: self.now_s,
+            passes=choose(passes),
         )
 
     def kinds(self, *wanted: type) -> list[str]:
@@ -451,6 +454,13 @@ def test_a_failed_piece_is_not_tried_at_the_next_start(tmp_path: Path) -> None:
     assert "max_compile_time" in result.reason.remedy
     assert again.kinds(FailureRemembered, PieceFailed) == ["FailureRemembered"]
     assert result.call([torch.ones(2, 4)])[0].sum() == 16
+
+
+def test_a_failure_with_other_passes_is_another_failure(tmp_path: Path) -> None:
+    try_again(tmp_path, TIMEOUT, after_s=0, passes=("no_ops",))
+    assert not try_again(tmp_path, passes=("no_ops",)).service.jobs
+    assert len(try_again(tmp_path, passes=("no_ops", "in_place")).service.jobs) == 1
+    assert len(try_again(tmp_path).service.jobs) == 1
 
 
 @pytest.mark.parametrize(
