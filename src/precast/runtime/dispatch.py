@@ -88,7 +88,7 @@ class Dispatcher:
                     break
                 try:  # As `run` does, one call less on the hot path.
                     return bound.entry(*args, **kwargs)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - raised again, or eager's turn.
                     return self._run_instead(assembly, error, args, kwargs)
         return self._resolve(args, kwargs)
 
@@ -98,7 +98,7 @@ class Dispatcher:
         """Run a call compiled; eager, if compiled code raises. `args` begin with the owner."""
         try:
             return bound.entry(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, or eager's turn.
             return self._run_instead(assembly, error, args, kwargs)
 
     def _run_instead(
