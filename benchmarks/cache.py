@@ -19,8 +19,8 @@ place for it: at the first request of a process, and at the second.
 differs), three kinds of machines, simulated by the parts of the keys that tell machines apart.
 
 *Fleet*: one process, then eight at once, each with an empty disk and a Redis that knows nothing,
-compile a decoder of four layers. All CPU seconds count, workers and their compilers included; *net*
-leaves out what each process takes to import torch, make its model, and end.
+compile a decoder of four layers (`--layers`). All CPU seconds count, workers and their compilers
+included; *net* leaves out what each process takes to import torch, make its model, and end.
 """
 
 from __future__ import annotations
@@ -337,15 +337,16 @@ def measure_hits(folder: Path, redis: RedisServer, num_starts: int) -> dict[str,
 # One compile for a fleet
 
 
-def start_cold(folder: str, chain: str) -> dict[str, Any]:
+def start_cold(folder: str, chain: str, layers: int) -> dict[str, Any]:
     """Start the decoder in this process, which must be new, once the parent says so."""
     import torch
-    from decoder import TOY, build_decoder, decoder_inputs
+    from decoder import Shape, build_decoder, decoder_inputs
 
     import precast
 
-    model = build_decoder(TOY, device="cpu", dtype=torch.float32)
-    inputs = decoder_inputs(TOY, 17, device="cpu")
+    shape = Shape(layers=layers)
+    model = build_decoder(shape, device="cpu", dtype=torch.float32)
+    inputs = decoder_inputs(shape, 17, device="cpu")
     found: list[Any] = []
     precast.compile(
         model,
@@ -370,11 +371,11 @@ def start_cold(folder: str, chain: str) -> dict[str, Any]:
     }
 
 
-def run_bare() -> float:
+def run_bare(layers: int) -> float:
     """Return the CPU seconds of a process that only makes the model."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from decoder import TOY, build_decoder\nbuild_decoder(TOY)"
+        f"from decoder import Shape, build_decoder\nbuild_decoder(Shape(layers={layers}))"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).absolute().parent)]
     process = subprocess.Popen(command)
@@ -383,12 +384,12 @@ def run_bare() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run_cold(folder: Path, redis: RedisServer, number: int) -> list[dict[str, Any]]:
+def run_cold(folder: Path, redis: RedisServer, number: int, layers: int) -> list[dict[str, Any]]:
     """Start processes together; return what each says, with all its CPU seconds."""
     url = f"{redis.url}?prefix=fleet-{number}&deadline_ms=20000&connect_ms=20000"
     processes = []
     for i in range(number):
-        given = json.dumps([str(folder / f"fleet-{number}-{i}"), f"disk,{url}"])
+        given = json.dumps([str(folder / f"fleet-{number}-{i}"), f"disk,{url}", layers])
         command = [sys.executable, str(Path(__file__).absolute()), "--cold", given]
         processes.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -411,11 +412,11 @@ def run_cold(folder: Path, redis: RedisServer, number: int) -> list[dict[str, An
     return answers
 
 
-def measure_fleet(folder: Path, redis: RedisServer, number: int = 8) -> dict[str, Any]:
+def measure_fleet(folder: Path, redis: RedisServer, layers: int, number: int = 8) -> dict[str, Any]:
     """Return what a cold fleet takes in CPU seconds, and what one process takes."""
-    bare_s = statistics.median(run_bare() for _ in range(3))
-    [alone] = run_cold(folder, redis, 1)
-    fleet = run_cold(folder, redis, number)
+    bare_s = statistics.median(run_bare(layers) for _ in range(3))
+    [alone] = run_cold(folder, redis, 1, layers)
+    fleet = run_cold(folder, redis, number, layers)
     waited = [answer for answer in fleet if not answer["compiled"]]
     total_s = sum(answer["cpu_s"] for answer in fleet)
     return {
@@ -531,6 +532,7 @@ def main() -> int:
     """Run, and print tables; 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=4, help="of the fleet's decoder")
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--json", help="write everything there")
@@ -555,7 +557,7 @@ def main() -> int:
             if "hits" in options.parts:
                 results["hits"] = measure_hits(folder, redis, options.starts)
             if "fleet" in options.parts:
-                results["fleet"] = measure_fleet(folder, redis)
+                results["fleet"] = measure_fleet(folder, redis, options.layers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(render(results))

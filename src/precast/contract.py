@@ -609,16 +609,19 @@ def state_guard() -> Callable[[], bool]:
         torch._C._get_math_sdp_enabled,
         torch._C._get_mkldnn_enabled,
     )
-    known = (num_functions(), num_dispatches(), flash(), memory_efficient(), plain(), mkldnn())
+    functions_before, dispatches_before = num_functions(), num_dispatches()
+    flash_before, efficient_before = flash(), memory_efficient()
+    plain_before, mkldnn_before = plain(), mkldnn()
 
     def check() -> bool:
-        return checks[is_grad_enabled()]() and known == (
-            num_functions(),
-            num_dispatches(),
-            flash(),
-            memory_efficient(),
-            plain(),
-            mkldnn(),
+        return (
+            checks[is_grad_enabled()]()
+            and flash() is flash_before
+            and memory_efficient() is efficient_before
+            and plain() is plain_before
+            and mkldnn() is mkldnn_before
+            and num_functions() == functions_before
+            and num_dispatches() == dispatches_before
         )
 
     return check

@@ -16,10 +16,13 @@ from precast.cache.catalog import (
 )
 from precast.cache.names import is_internal_key
 from precast.cli.options import (
+    AGE_UNITS,
+    BYTE_UNITS,
     PROBLEMS,
     CacheDirOption,
     JsonOption,
     TierOption,
+    as_number,
     find_key,
     find_keys,
     open_tier,
@@ -29,6 +32,7 @@ from precast.cli.options import (
     settings,
 )
 from precast.errors import StoreError
+from precast.events import Event, TierFailed
 
 if TYPE_CHECKING:
     from precast.cache.interface import CacheInterface
@@ -45,6 +49,9 @@ SomeKeysArgument = Annotated[
         help="Keys, their first characters, or names of models; else all.",
         show_default=False,
     ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")
 ]
 
 _SORTS = {
@@ -187,9 +194,7 @@ def describe_entry(payload: dict[str, Any]) -> dict[str, Any]:
 @app.command("rm")
 def remove(
     keys: KeysArgument,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     tier_name: TierOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
@@ -211,6 +216,73 @@ def remove(
         return
     for key in found:
         print_line(f"{'would remove' if dry_run else 'removed'} {key}")
+
+
+@app.command("prune")
+def prune_cache(
+    max_size: Annotated[
+        str | None,
+        typer.Option(help="Such as 10GiB; else `cache_max_bytes`.", show_default=False),
+    ] = None,
+    max_age: Annotated[
+        str | None,
+        typer.Option(
+            help="Since the last use, such as 30d; else `cache_max_age`.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+    tier_name: TierOption = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what was not used for long, the least recently used of too much, and unused files.
+
+    Starts do that by themselves for the disk, now and then. What is younger than an hour stays.
+    """
+    import time
+
+    from precast.cache.collect import prune
+    from precast.cli.output import as_bytes, print_json, print_line
+
+    config = settings(cache_dir)
+    max_bytes = config.cache_max_bytes
+    if max_size is not None:
+        max_bytes = int(as_number(max_size, BYTE_UNITS, "10GiB"))
+    max_age_s = config.cache_max_age
+    if max_age is not None:
+        max_age_s = as_number(max_age, AGE_UNITS, "30d")
+    failures: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, TierFailed):
+            failures.append(event.reason.message)
+
+    tier = open_tier(cache_dir, tier_name)
+    _check_writable(tier, "collect")
+    done = prune(
+        [tier],
+        emit=note,
+        clock=time.perf_counter,
+        max_bytes=max_bytes,
+        max_age_s=max_age_s,
+        is_trial=dry_run,
+    )
+    if as_json:
+        print_json({"is_dry_run": dry_run, "tiers": [pruned.as_dict() for pruned in done]})
+    else:
+        for pruned in done:
+            if pruned.skipped is not None:
+                print_line(f"{pruned.tier}: left as it is: {pruned.skipped}")
+                continue
+            for key in pruned.keys:
+                print_line(f"{'would remove' if dry_run else 'removed'} {key}")
+            sizes = (as_bytes(pruned.num_bytes_before), as_bytes(pruned.num_bytes_after))
+            print_line(
+                f"{pruned.tier}: {pruned.num_manifests} entries and {pruned.num_blobs} files "
+                f"{'would go' if dry_run else 'are gone'}, {sizes[0]} before, {sizes[1]} after"
+            )
+    if failures:
+        raise typer.Exit(PROBLEMS)
 
 
 @app.command("verify")

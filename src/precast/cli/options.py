@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 #: Exit codes; 0: all is well.
 PROBLEMS = 1
 USAGE = 2
+
+BYTE_UNITS = {
+    name: 1024.0**power
+    for power, letter in enumerate("bkmgt")
+    for name in ((letter,) if letter == "b" else (letter, f"{letter}b", f"{letter}ib"))
+}
+AGE_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 CacheDirOption = Annotated[
     Path | None,
@@ -81,6 +89,23 @@ def open_tier(cache_dir: Path | None, name: str | None) -> CacheInterface:
         typer.BadParameter: No tier has that name.
     """
     return pick_tier(open_tiers(settings(cache_dir)), name)
+
+
+def as_number(text: str, units: Mapping[str, float], example: str) -> float:
+    """Return what a number with a unit stands for; without one it is in the smallest unit.
+
+    Raises:
+        typer.BadParameter: It is none, or negative.
+    """
+    number = text.rstrip("".join({*ascii_letters, " "}))
+    unit = text[len(number) :].strip().lower()
+    try:
+        value = float(number) * (units[unit] if unit else 1.0)
+    except (KeyError, ValueError):
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is no amount; write it as {example}")
+    return value
 
 
 def pick_tier(tiers: Sequence[CacheInterface], name: str | None) -> CacheInterface:

@@ -86,7 +86,10 @@ class Dispatcher:
             if is_fit and bound.is_current():
                 if _is_grad_enabled() and needs_gradient(bound.binding.weights, args, kwargs):
                     break
-                return self.run(assembly, bound, args, kwargs)
+                try:  # As `run` does, one call less on the hot path.
+                    return bound.entry(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001 - raised again, or eager's turn.
+                    return self._run_instead(assembly, error, args, kwargs)
         return self._resolve(args, kwargs)
 
     def run(
@@ -95,12 +98,17 @@ class Dispatcher:
         """Run a call compiled; eager, if compiled code raises. `args` begin with the owner."""
         try:
             return bound.entry(*args, **kwargs)
-        except Exception as error:
-            if assembly.mutates:
-                raise  # Half of a write may be done: running it again would be wrong.
-            result = self._eager(*args, **kwargs)  # Raises too where the call is at fault.
-            self._report(assembly, error)
-            return result
+        except Exception as error:  # noqa: BLE001 - raised again, or eager's turn.
+            return self._run_instead(assembly, error, args, kwargs)
+
+    def _run_instead(
+        self, assembly: Runnable, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if assembly.mutates:
+            raise error  # Half of a write may be done: running it again would be wrong.
+        result = self._eager(*args, **kwargs)  # Raises too where the call is at fault.
+        self._report(assembly, error)
+        return result
 
 
 def needs_gradient(weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

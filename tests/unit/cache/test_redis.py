@@ -16,7 +16,7 @@ from precast.cache.trust import Trust
 from precast.errors import ConfigError, StoreError
 from precast.events import ArtifactQuarantined, Event
 from precast.testing import BLOB, DIGEST, KEY, OTHER_KEY, CacheContract, make_manifest
-from servers import RedisServer
+from servers import RedisServer, wait_until
 
 DAY = 86400
 MANIFEST = make_manifest(KEY, 1)
@@ -271,7 +271,8 @@ def test_a_unix_socket_will_do(redis_server: RedisServer, client: Any, tmp_path:
         *RedisServer.command(server),
         *("--unixsocket", str(path)),
     ]
-    server.start()
+    server.start()  # Which is when its port answers: the socket comes a moment later.
+    wait_until(path.exists)
     try:
         tier = RedisCache(f"unix://{path}", db="1")
         tier.knock(1.0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,38 @@ def test_rm_removes_nothing_where_one_key_is_wrong(
     piece = stored.add_piece()
     run("cache", "rm", piece, "nonsense", code=2)
     assert len(run_json("cache", "ls")["entries"]) == 1
+
+
+def test_prune_removes_what_is_old_with_its_files(
+    stored: Stored, run: Run, run_json: RunJson
+) -> None:
+    old, new = stored.add_piece(code=b"old"), stored.add_piece(OTHER_TEXT, b"new")
+    blob = stored.blob(old)
+    two_days_ago = time.time() - 2 * 86400
+    for path in (stored.manifest(old), blob):
+        os.utime(path, (two_days_ago, two_days_ago))
+    assert f"would remove {old}" in run("cache", "prune", "--max-age", "1d", "--dry-run")
+    assert "0 entries" in run("cache", "prune", "--max-age", "3d")
+    (tier,) = run_json("cache", "prune", "--max-age", "24h")["tiers"]
+    assert (tier["num_manifests"], tier["num_blobs"], tier["keys"]) == (1, 1, [old])
+    assert not blob.exists()
+    assert [entry["key"] for entry in run_json("cache", "ls")["entries"]] == [new]
+
+
+def test_prune_goes_by_size(stored: Stored, run_json: RunJson) -> None:
+    keys = [stored.add_piece(code=bytes(5000), torch=f"2.{n}") for n in range(3)]
+    stored.add_piece(OTHER_TEXT, bytes([1]) * 5000)
+    for age, key in enumerate(keys, 2):
+        at = time.time() - age * 86400
+        os.utime(stored.manifest(key), (at, at))
+    (tier,) = run_json("cache", "prune", "--max-size", "12KiB")["tiers"]
+    assert tier["keys"] == [keys[2]]
+    assert tier["num_bytes_after"] <= 12 * 1024
+
+
+@pytest.mark.parametrize("amount", ["ten", "-5GiB", "5 parsecs", "1e999"])
+def test_an_amount_has_to_be_one(run: Run, amount: str) -> None:
+    assert "is no amount" in run("cache", "prune", f"--max-size={amount}", code=2)
 
 
 def test_verify_finds_damage_and_sets_it_aside_when_told(
