@@ -541,14 +541,15 @@ def test_a_process_that_ends_while_it_compiles_leaves_nothing(
     assert list((tmp_path / "v1" / "lease").iterdir())
     process.send_signal(number)
     process.communicate(timeout=60)
-    while processes_with(str(place)):
-        assert time.monotonic() < deadline, "workers are still there"
+    deadline = time.monotonic() + 60
+    while left := processes_with(str(place)):
+        assert time.monotonic() < deadline, f"workers are still there: {left}"
         time.sleep(0.05)
-    left = [path for path in place.iterdir() if path.name.startswith("precast-")]
+    folders = [path for path in place.iterdir() if path.name.startswith("precast-")]
     if how == "polite":
-        assert left == []
+        assert folders == []
         assert not list((tmp_path / "v1" / "lease").iterdir())
-    for path in left:
+    for path in folders:
         os.utime(path, (0, 0))
     prune([DiskCache(tmp_path)], emit=lambda _: None, max_bytes=None, max_age_s=None)
     sweep_dead_folders(str(place))

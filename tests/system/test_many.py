@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -208,12 +209,14 @@ def our_temporary_files() -> set[str]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_release(real_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Back to eager, the same object, with no process and no temporary file left."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache, place = shutil.copytree(real_cache, tmp_path / "cache"), tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
     before = children()
     settings: Any = {"compiler": "auto", "compilation_level": "full"}
-    warm, events = compiled(make_plain(), real_cache, **settings)
+    warm, events = compiled(make_plain(), cache, **settings)
     # Captures, looks for the piece in the cache and starts workers beside it.
-    cold, cold_events = compiled(make_plain(), real_cache, revalidate="background", **settings)
+    cold, cold_events = compiled(make_plain(), cache, revalidate="background", **settings)
     cold.register_buffer("another", torch.zeros(1))
     x = torch.ones(3, 16)
     with torch.no_grad():
@@ -230,4 +233,4 @@ def test_release(real_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         time.sleep(0.05)
     assert children() <= before
     assert our_temporary_files() == set()
-    assert list(tmp_path.iterdir()) == []
+    assert list(place.iterdir()) == []

@@ -127,7 +127,7 @@ _REAL = """
 import sys, torch, precast
 from system.models import compiled, make_plain, names
 model = make_plain()
-model.register_buffer("another", torch.zeros(1))  # Another model, of the same pieces.
+model.register_buffer("of_another_model", torch.zeros(1))  # The pieces are the same.
 model, events = compiled(
     model, sys.argv[1], compiler="auto", compilation_level="full", mode="progressive"
 )

@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
-_PARENT_IS_GONE = signal.SIGUSR1
+# A signal that does nothing by default: a thread from before `die_with_parent`, of a BLAS say, may
+# be the one that takes it.
+_PARENT_IS_GONE = signal.SIGURG
 
 
 def lower_priority(nice: int = 5) -> None:
@@ -53,8 +55,8 @@ def limit_memory(num_bytes: int | None) -> None:
 def die_with_parent(parent: int, folder: str | None = None) -> None:
     """End this process, its group and its children when the parent with this process id is gone.
 
-    A thread waits for the kernel's word, on Linux, and looks once a second anyway. So it must be
-    called before there are other threads: these inherit the mask of signals.
+    A thread waits for the kernel's word, on Linux, and looks once a second anyway. Threads that
+    start later inherit the mask of signals; an earlier one may take the word and lose it.
 
     Args:
         parent: Its process id.
