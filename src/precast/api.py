@@ -11,9 +11,9 @@ from typing import Any, TypeVar, overload
 import torch
 
 from precast.config import CompilationConfig
+from precast.describe import describe
 from precast.errors import ConfigError, Reason
 from precast.events import Event
-from precast.report import describe
 from precast.runtime.dispatch import Dispatcher
 from precast.serving import CompiledModel, attach
 from precast.session import open_session

@@ -20,6 +20,7 @@ import torch
 from precast.assembly import Assembly, Bound, LoadedAssembly, open_assembly
 from precast.candidates import Candidates
 from precast.capture.fingerprint import call_signature, example_shapes, model_fingerprint
+from precast.describe import emit_start
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import (
     AssemblyMissed,
@@ -32,7 +33,6 @@ from precast.events import (
     ModelReleased,
 )
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
-from precast.report import emit_start
 from precast.runtime.collector import no_collection
 from precast.runtime.dispatch import Dispatcher, needs_gradient
 from precast.second_look import SecondLook
