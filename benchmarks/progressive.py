@@ -133,6 +133,14 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         "slowest_around_swap": max(met, default=0.0) / median,
         "slowest_while": max(b - a for a, b in calls) / median,
         "compilers": sorted({piece["compiler"] for piece in pieces}),
+        # To see what disturbs: calls in each half second, what happened when, calls that were slow.
+        "calls_by_half_second": [
+            round(rate(started + i / 2, started + (i + 1) / 2) / before, 3)
+            for i in range(int((ended - started) * 2))
+        ],
+        "happened": [[round(t - started, 4), type(event).__name__] for t, event in events],
+        "slow_calls": [[round(a - started, 4), (b - a) / median] for a, b in calls
+                       if b - a > 1.5 * median][:100],  # fmt: skip
         "reasons": status["reasons"]
         + [piece["reason"] for piece in pieces if piece["reason"] is not None][:2],
         "timing": [piece["timing"] for piece in pieces][:3],

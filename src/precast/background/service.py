@@ -306,7 +306,7 @@ class CompileService:
                             self._emit(CompileStarted(job.name, job.key, current))
                         continue
                     failures += [CompileFailure(**failure) for failure in answer["failures"]]
-                    meter.look()
+                    meter.look(is_last=True)
                     return self._result(answer, failures, worker.pid, run.peak_bytes)
             except (BrokenPipeError, EOFError):
                 if self._is_closed.is_set():
