@@ -139,8 +139,9 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
             for i in range(int((ended - started) * 2))
         ],
         "happened": [[round(t - started, 4), type(event).__name__] for t, event in events],
-        "slow_calls": [[round(a - started, 4), (b - a) / median] for a, b in calls
-                       if b - a > 1.5 * median][:100],  # fmt: skip
+        "slow_calls": [
+            [round(a - started, 4), (b - a) / median] for a, b in calls if b - a > 1.5 * median
+        ][:100],
         "reasons": status["reasons"]
         + [piece["reason"] for piece in pieces if piece["reason"] is not None][:2],
         "timing": [piece["timing"] for piece in pieces][:3],

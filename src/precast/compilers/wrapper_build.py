@@ -7,7 +7,9 @@ together, and with them an instance of `std::regex` that parses the name of a de
 - the interface becomes an object file once a machine, kept beside torch's own caches, and is
   joined to each model's object;
 - the parser of device names is one without a regular expression, in a copy of torch's header that
-  is found before the original.
+  is found before the original;
+- the interface's entry lets other Python threads run while a piece does, as every operator of torch
+  does when it runs eager. torch's runner keeps Python's lock, and a server stands still meanwhile.
 
 g++ over one wrapper, seconds of CPU time, torch 2.13, gcc 12: 5.5 to 6.6 as torch does it, 2.5 so
 (the interface once: 3). Nothing here knows torch's build system: a command comes in, and False
@@ -75,6 +77,106 @@ inline void parse_device_str(
   }
 }"""
 
+_RUN, _DELETE = (
+    f"AOTIRuntimeError AOTInductorModelContainer{name}(" for name in ("RunSingleThreaded", "Delete")
+)
+# The first run of a container folds constants, and on a GPU loads kernels, which changes it: that
+# run is alone. Later ones keep no state, and several threads may be inside. On a GPU they only
+# queue kernels, too little to hand Python's lock over for. No frame that takes the lock again
+# catches exceptions: taking it ends a thread by one while the interpreter exits.
+_UNLOCKED_ENTRY = """
+
+#include <atomic>
+#include <mutex>
+#include <set>
+
+extern "C" {
+
+// Of the process, where that is Python.
+__attribute__((weak)) int PyGILState_Check(void);
+__attribute__((weak)) void* PyEval_SaveThread(void);
+__attribute__((weak)) void PyEval_RestoreThread(void*);
+
+}
+
+namespace {
+
+std::recursive_mutex precast_first_runs; // Never waited for with Python's lock.
+std::mutex precast_guard; // Held for a look at the set only.
+std::set<void*> precast_has_run;
+std::atomic<void*> precast_ran_last{nullptr};
+
+} // namespace
+
+extern "C" {
+
+AOTIRuntimeError AOTInductorModelContainerRunSingleThreaded(
+    AOTInductorModelContainerHandle container,
+    AtenTensorHandle* inputs,
+    size_t num_inputs,
+    AtenTensorHandle* outputs,
+    size_t num_outputs,
+    AOTInductorStreamHandle stream,
+    AOTIProxyExecutorHandle executor) {
+  const bool has_run = precast_ran_last.load() == container;
+#ifdef USE_CUDA
+  if (has_run) {
+    return precast_run(
+        container, inputs, num_inputs, outputs, num_outputs, stream, executor);
+  }
+#endif
+  const bool is_locked =
+      PyGILState_Check && PyEval_SaveThread && PyEval_RestoreThread && PyGILState_Check();
+  void* const thread = is_locked ? PyEval_SaveThread() : nullptr;
+  std::unique_lock<std::recursive_mutex> alone(precast_first_runs, std::defer_lock);
+  if (!has_run) {
+    alone.lock();
+    const std::lock_guard<std::mutex> look(precast_guard);
+    if (precast_has_run.count(container)) {
+      precast_ran_last = container;
+      alone.unlock();
+    }
+  }
+  const AOTIRuntimeError result = precast_run(
+      container, inputs, num_inputs, outputs, num_outputs, stream, executor);
+  if (alone.owns_lock()) {
+    if (result == AOTI_RUNTIME_SUCCESS) {
+      const std::lock_guard<std::mutex> look(precast_guard);
+      precast_has_run.insert(container);
+      precast_ran_last = container;
+    }
+    alone.unlock();
+  }
+  if (thread) {
+    PyEval_RestoreThread(thread);
+  }
+  return result;
+}
+
+AOTIRuntimeError AOTInductorModelContainerDelete(
+    AOTInductorModelContainerHandle container) {
+  {
+    const std::lock_guard<std::mutex> look(precast_guard);
+    precast_has_run.erase(container);
+    precast_ran_last = nullptr;
+  }
+  return precast_delete(container);
+}
+
+}
+"""
+
+
+def unlocked(interface: str) -> str:
+    """Return torch's interface with an entry that gives Python's lock back; or as it is.
+
+    It stays as it is where it is not of the form that is known.
+    """
+    if interface.count(_RUN) != 1 or interface.count(_DELETE) != 1:
+        return interface
+    changed = interface.replace(_RUN, "static AOTIRuntimeError precast_run(")
+    return changed.replace(_DELETE, "static AOTIRuntimeError precast_delete(") + _UNLOCKED_ENTRY
+
 
 class WrapperBuild:
     """Runs the compile commands of wrappers, in place of whoever asked for them.
@@ -113,7 +215,9 @@ class WrapperBuild:
         model_source = Path(path).with_suffix(".model.cpp")
         includes = re.findall(r"^#include .*$", self._interface, re.MULTILINE)
         model_source.write_text("\n".join((before, *includes, model)))
-        shared = _SharedObject(command, before + self._interface, self._folder, self._version)
+        shared = _SharedObject(
+            command, before + unlocked(self._interface), self._folder, self._version
+        )
         building = shared.begin()
         model_object = f"{target}.model.o"
         done = _run([*command, str(model_source), "-o", model_object], cwd)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from precast.background.service import CompileService
 from precast.compilers.aot_inductor import AOTInductorAdaptor
@@ -18,7 +22,7 @@ from precast.compilers.inductor_standalone import InductorStandaloneAdaptor
 from precast.compilers.job import CompileJob, JobResult
 from precast.compilers.verify import verify_from_text
 from precast.graph.piece import SymbolRange
-from precast.graph.read import edge_sizes, zero_sizes
+from precast.graph.read import eager_function, edge_sizes, random_inputs, zero_sizes
 from precast.torch_private import swap_symbols
 from unit.compilers.example_pieces import FOREIGN, GATED, MUTATING, TINY, spec
 
@@ -133,6 +137,70 @@ def test_operators_without_a_c_shim_need_a_second_file(
     run = AOTInductorAdaptor().load(result.details, files, None)
 
     verify_from_text(FOREIGN, run, [{"s0": 5}], "aot_inductor")
+
+
+def test_other_threads_run_while_a_piece_does(
+    compiled: dict[tuple[str, str], JobResult],
+) -> None:
+    """
+    As while an operator of eager does: a thread of Python gets on in the middle of a run.
+    """
+    result = compiled["aot_inductor", "gated"]
+    run = AOTInductorAdaptor().load(result.details, result.files, None)
+    inputs = random_inputs(GATED, {"s0": 200_000}, 0)
+    run(inputs)
+    times: list[float] = []
+
+    def call() -> None:
+        started = time.perf_counter()
+        run(inputs)
+        times.extend((started, time.perf_counter()))
+
+    for _ in range(10):  # More than once: a busy machine may leave one of the two waiting.
+        times.clear()
+        thread = threading.Thread(target=call)
+        thread.start()
+        seen = []
+        while thread.is_alive():
+            seen.append(time.perf_counter())
+        started, ended = times
+        quarter = (ended - started) / 4
+        if any(started + quarter < at < ended - quarter for at in seen):
+            return
+    pytest.fail("no other thread ran in the middle of a run")
+
+
+@pytest.mark.parametrize("name", ["gated", "foreign"])
+def test_several_threads_run_one_piece_from_its_first_run_on(
+    compiled: dict[tuple[str, str], JobResult], tmp_path: Path, name: str
+) -> None:
+    """With an operator in Python, too, which needs the lock of Python that a run gives back."""
+    result = compiled["aot_inductor", name]
+    for attempt in range(5):
+        files = {}
+        for file, path in result.files.items():  # Under another name: it has never run.
+            files[file] = str(tmp_path / str(attempt) / file)
+            Path(files[file]).parent.mkdir(exist_ok=True)
+            Path(files[file]).write_bytes(Path(path).read_bytes())
+        opened = [AOTInductorAdaptor().load(result.details, files, None) for _ in range(2)]
+        all_inputs = [random_inputs(PIECES[name], {"s0": size}, size) for size in range(1, 9)]
+        expected = [eager_function(PIECES[name])(*inputs) for inputs in all_inputs]
+        barrier = threading.Barrier(len(all_inputs))
+
+        def call(
+            number: int,
+            barrier: threading.Barrier = barrier,
+            opened: list[Any] = opened,
+            all_inputs: list[Any] = all_inputs,
+        ) -> list[list[Any]]:
+            barrier.wait()
+            return [opened[number % 2](all_inputs[number]) for _ in range(20)]
+
+        with ThreadPoolExecutor(len(all_inputs)) as threads:
+            for number, rounds in enumerate(threads.map(call, range(len(all_inputs)))):
+                for outputs in rounds:
+                    for output, wanted in zip(outputs, expected[number], strict=True):
+                        torch.testing.assert_close(output, wanted)
 
 
 def test_a_library_names_no_path_of_the_machine_that_made_it(

@@ -65,6 +65,12 @@ def test_the_interface_is_compiled_once_and_joined_to_each_model(
     assert kept == [".lock", ".o"], "temporary files are left"
 
 
+def test_an_interface_of_another_form_is_compiled_as_it_is() -> None:
+    assert wrapper_build.unlocked(INTERFACE) == INTERFACE
+    twice = 2 * f"{wrapper_build._RUN}) {{}}\n{wrapper_build._DELETE}) {{}}\n"
+    assert wrapper_build.unlocked(twice) == twice
+
+
 def test_several_at_once_share_one_interface(tmp_path: Path, compiler: Path) -> None:
     done: list[bool] = []
     threads = [
@@ -120,7 +126,9 @@ def test_another_compiler_gets_another_interface(tmp_path: Path, compiler: Path)
 
 
 def test_torch_has_the_text_and_the_header_that_are_expected() -> None:
-    """A canary: where this fails wrappers are compiled as torch does it, in twice the time."""
+    """A canary: where this fails wrappers are compiled as torch does it, in twice
+    the time, and they keep Python's lock while they run.
+    """
     import torch
 
     interface, _ = aoti_interface()
@@ -129,6 +137,7 @@ def test_torch_has_the_text_and_the_header_that_are_expected() -> None:
     changed, count = wrapper_build._PARSER.subn("", header)
 
     assert "AOTInductorModelContainerRun(" in interface
+    assert "PyEval_SaveThread" in wrapper_build.unlocked(interface)
     assert count == 1
     assert "std::regex" in header
     assert "std::regex" not in changed
