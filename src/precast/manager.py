@@ -195,11 +195,15 @@ class CompilerManager:
         return self._hashers[device]
 
     def prestart(self) -> None:
-        """Start workers now, so that their imports run beside the capture."""
-        if any(self.make_compiler(name).is_saveable for name in self.compiler_names()):
-            names = self.compiler_names()
-            if names != ("eager",):
-                self._ensure_service().prestart(min(self._config.num_compile_workers(), 4))
+        """Start workers now, so that their imports run beside the capture.
+
+        One beside a model that serves: several that import at once slow its calls down, and nobody
+        waits for the rest.
+        """
+        names = self.compiler_names()
+        if names != ("eager",) and any(self.make_compiler(name).is_saveable for name in names):
+            most = 1 if self._config.mode == "progressive" else 4
+            self._ensure_service().prestart(min(self._config.num_compile_workers(), most))
 
     def close(self) -> None:
         """End the workers. From any thread: a `compile` that is under way comes to its end."""
