@@ -533,7 +533,7 @@ class CompiledModel:
             except Exception as error:  # noqa: BLE001 - Dynamo's, a compiler's or the user's.
                 # Dynamo raises before it runs anything, or what eager raises too.
                 result = self.function(*args, **kwargs)
-                self._report_failed_call(None, error)
+                self._note_failed_call(error)
                 self._is_eager = True
                 return result
 
@@ -703,8 +703,32 @@ class CompiledModel:
             )
         )
 
-    def _report_failed_call(self, loaded: Any, error: BaseException) -> None:
-        """A compiled call raised: it is run eager, which raises too if the call is at fault."""
+    def _report_failed_call(
+        self, loaded: Any, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A compiled call raised and eager answered it: note it, and give it up after a few."""
+        self._note_failed_call(error)
+        # Memory comes back, perhaps; other code that fails thrice is not tried at each call.
+        if isinstance(error, torch.OutOfMemoryError):
+            return
+        with self._lock:
+            self._num_failed[loaded.key] = self._num_failed.get(loaded.key, 0) + 1
+            if self._num_failed[loaded.key] < _MOST_FAILED_CALLS:
+                return
+            self.dispatcher.loaded = tuple(
+                other for other in self.dispatcher.loaded if other is not loaded
+            )
+            self._give_up(
+                call_signature(args[self._num_owners :], kwargs),
+                Reason(
+                    "compile-crashed",
+                    f"compiled code raised at {_MOST_FAILED_CALLS} calls that eager answered; such "
+                    "calls run eager from now on",
+                    "please report it; precast.release and precast.compile try it again",
+                ),
+            )
+
+    def _note_failed_call(self, error: BaseException) -> None:
         self._note(
             Reason(
                 "compile-crashed",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import precast
-from precast.events import AssemblyRejected, Event
-from system.models import Refusing, assert_same, compiled, eager, make_net, names
+from precast.events import AssemblyRejected, Event, FellBack
+from system.models import Filed, Refusing, assert_same, compiled, eager, make_net, names
 
 INPUTS = torch.linspace(-2, 2, 24).reshape(3, 8)
 
@@ -57,3 +57,40 @@ def test_a_failure_is_remembered_then_tried_again_and_replaced(
     assert {piece["compiler"] for piece in pieces} == {"refusing"}
     assert len(list(tmp_path.glob("v1/ac/*/*-0.json"))) == 1
     assert not list(tmp_path.glob("v1/ac/*/*-1.json")), "it took the other one's place"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_code_that_raises_at_call_after_call_is_given_up(
+    kind: type[Exception], tmp_path: Path
+) -> None:
+    """Each call is answered, by eager; after a few the code is not tried. Memory may come back."""
+    model, events = compiled(make_net(), tmp_path, compiler=Filed())
+    x = torch.randn(3, 8)
+    num_tried = 0
+
+    def fail(_inputs: Any) -> Any:
+        nonlocal num_tried
+        num_tried += 1
+        raise kind("no such luck")
+
+    with torch.no_grad():
+        expected = eager(model, x)
+        model(x)
+        table = model._compiled_call_impl.loaded[0].slots
+        index = next(i for i, slot in enumerate(table.slots) if slot is not None)
+        table.swap(index, fail, table.slots[index])
+        for _ in range(6):
+            assert torch.equal(model(x), expected)
+    fell_back = [e.reason.message for e in events if isinstance(e, FellBack)]
+    if kind is RuntimeError:
+        assert num_tried == 3
+        assert not model._compiled_call_impl.loaded
+        assert "eager from now on" in fell_back[-1]
+        precast.release(model)
+        again, _ = compiled(model, tmp_path, compiler=Filed())
+        with torch.no_grad():
+            assert torch.equal(again(x), expected)
+        assert again._compiled_call_impl.loaded
+    else:
+        assert num_tried == 6
+    assert len(fell_back) == 1 + (kind is RuntimeError)

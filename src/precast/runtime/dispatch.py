@@ -42,7 +42,8 @@ class Dispatcher:
         owner: The module whose `forward` is served; None for a plain function.
         eager: Runs a call as it would run without Precast; takes the owner first.
         resolve: Serves a call that no loaded assembly serves, and may load or compile one.
-        report: Told of a compiled call that raised: (assembly, error).
+        report: Told of a compiled call that raised where eager did not: (assembly, error, args,
+            kwargs).
     """
 
     __slots__ = ("_eager", "_owner_args", "_report", "_resolve", "compiled", "loaded", "owner")
@@ -52,7 +53,7 @@ class Dispatcher:
         owner: Any,
         eager: Callable[..., Any],
         resolve: Callable[[tuple[Any, ...], dict[str, Any]], Any],
-        report: Callable[[Any, BaseException], None],
+        report: Callable[[Any, BaseException, tuple[Any, ...], dict[str, Any]], None],
     ) -> None:
         self.owner = owner
         self.compiled: Any = None  # Whose dispatcher this is.
@@ -107,7 +108,7 @@ class Dispatcher:
         if assembly.mutates:
             raise error  # Half of a write may be done: running it again would be wrong.
         result = self._eager(*args, **kwargs)  # Raises too where the call is at fault.
-        self._report(assembly, error)
+        self._report(assembly, error, args, kwargs)
         return result
 
 

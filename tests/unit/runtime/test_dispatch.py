@@ -107,7 +107,9 @@ def make(*loaded: Planted, reported: list[Any] | None = None) -> Dispatcher:
         None,
         lambda *_args, **_kwargs: "eager",
         lambda _args, _kwargs: "resolved",
-        lambda _assembly, error: None if reported is None else reported.append(error),
+        lambda _assembly, error, _args, _kwargs: (
+            None if reported is None else reported.append(error)
+        ),
     )
     dispatcher.loaded = loaded
     return dispatcher
