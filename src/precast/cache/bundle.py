@@ -15,6 +15,7 @@ import threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 
+from precast.cache.catalog import read_payload
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_body, encode_manifest
 from precast.cache.names import (
@@ -533,10 +534,15 @@ def load_bundle(
             raise BundleIncompatibleError(bundle.path, problem)
         wanted: set[str] = set()
         manifests: dict[str, bytes] = {}
+        num_kept = 0
         for key in bundle.manifests:
-            payload, manifests[key] = bundle.manifest(key)
+            payload, data = bundle.manifest(key)
             if not _is_trusted(bundle.path, key, payload, trust):
-                manifests[key] = _marked(bundle.path, key, payload)
+                if _has_whole(tier, key):
+                    num_kept += 1  # What the tier vouches for itself is not replaced.
+                    continue
+                data = _marked(bundle.path, key, payload)
+            manifests[key] = data
             wanted.update(_digests(payload))
         if missing := sorted(wanted - bundle.blobs.keys()):
             raise BundleError(bundle.path, f"blob {missing[0]} is not in it, which it names")
@@ -547,9 +553,18 @@ def load_bundle(
         return {
             "path": bundle.path,
             "bytes": bundle.num_bytes,
-            "manifests": len(manifests),
+            "manifests": len(manifests) + num_kept,
             "blobs": len(wanted),
         }
+
+
+def _has_whole(tier: CacheInterface, key: str) -> bool:
+    """Whether a tier has a manifest with all its files."""
+    try:
+        payload = read_payload(tier, key)
+        return payload is not None and all(map(tier.has_blob, _digests(payload)))
+    except ArtifactCorruptError:
+        return False
 
 
 @contextmanager

@@ -501,6 +501,19 @@ def test_an_unsigned_bundle_needs_permission_for_ever(bundle: Path, tmp_path: Pa
     assert admitted["unsigned"] is True
 
 
+def test_an_unsigned_bundle_replaces_nothing_of_the_tiers_own(bundle: Path, tmp_path: Path) -> None:
+    """But what the tier lacks a file of."""
+    into = DiskCache(tmp_path / "into")
+    fill(into)
+    load_bundle(bundle, into, trust=UNSIGNED)
+    loader = CacheLoader([into], lambda _: None, lambda: 0.0)
+    piece = loader.manifest(PIECE)
+    assert piece is not None
+    into.delete_blob(piece["files"]["model.so"])
+    load_bundle(bundle, into, trust=UNSIGNED)
+    assert CacheLoader([into], lambda _: None, lambda: 0.0).manifest(PIECE) is None
+
+
 def test_what_nobody_vouches_for_is_not_signed_by_bundling_it(
     bundle: Path, tmp_path: Path, key: SigningKey
 ) -> None:
