@@ -37,15 +37,16 @@ class Scaled(nn.Module):
 
 
 class Long(nn.Module):
-    """Twelve operators, one after the other; writes into what it is given."""
+    """Three operators a round, one after the other; writes into what it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int = 5) -> None:
         super().__init__()
+        self.rounds = rounds
         self.weight = nn.Parameter(torch.randn(4))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = x
-        for factor in range(5):
+        for factor in range(self.rounds):
             y = torch.sin(y + self.weight) * factor
         x.add_(y)
         return y, x.transpose(0, 1)
@@ -138,6 +139,26 @@ def test_what_is_too_large_is_compiled_in_parts(tmp_path: Path) -> None:
         assert precast.status(again)["is_warm"] is not forgets_assembly
         assert not [event for event in events if isinstance(event, JobFinished)]
         assert [event for event in events if isinstance(event, PieceLoaded)]
+
+
+@pytest.mark.parametrize("rounds", [11, 24])
+def test_what_takes_too_long_is_cut_once(rounds: int) -> None:
+    """Each half may take as long again: one that does stays eager, and is not cut further."""
+    events: list[Event] = []
+    settings = {**SETTINGS, "compiler": planted.QuickIfSmall(), "max_compile_time": 3}
+    model = precast.compile(Long(rounds), **settings, listeners=[events.append])
+    with torch.no_grad():
+        run_long(model, 5)
+    [piece] = precast.status(model)["assemblies"][0]["pieces"]
+    assert piece["reason"]["code"] == "compile-timeout"
+    codes = [event.code for event in events if isinstance(event, JobFinished)]
+    if rounds == 11:
+        assert piece["compiler"] == "planted"
+        assert "compiled in 2 parts" in piece["reason"]["message"]
+        assert codes == ["compile-timeout", None, None]
+    else:
+        assert piece["compiler"] == "eager"
+        assert codes == ["compile-timeout"] * 3
 
 
 def test_a_part_that_cannot_be_compiled_stays_eager_among_the_others() -> None:

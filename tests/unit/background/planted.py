@@ -101,21 +101,32 @@ class GreedyAndSlow(_Planted):
         time.sleep(600)
 
 
+def _keep_text(piece: Any, directory: str) -> CompiledPiece:
+    path = Path(directory, "code")
+    path.write_text(piece.text)
+    return CompiledPiece({"code": str(path)}, EagerAdaptor().compile(piece, directory).details)
+
+
 class OnlySmall(_Planted):
     """Has memory for three operators."""
 
     def compile(self, piece: Any, directory: str) -> CompiledPiece:
         if piece.text.count("\n    v") > 3:
             raise MemoryError("too many operators")
-        path = Path(directory, "code")
-        path.write_text(piece.text)
-        return CompiledPiece(
-            {"code": str(path)}, EagerAdaptor.compile(self, piece, directory).details
-        )
+        return _keep_text(piece, directory)
 
     def load(self, details: Any, files: Any, piece: Any) -> Any:
         assert Path(files["code"]).read_text() == details["piece"]["text"]
         return super().load(details, files, piece)
+
+
+class QuickIfSmall(OnlySmall):
+    """Does not come to an end with more than twenty operators."""
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if piece.text.count("\n    v") > 20:
+            time.sleep(600)
+        return _keep_text(piece, directory)
 
 
 class OnlySmallAndPure(OnlySmall):
