@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -63,7 +64,11 @@ def main() -> None:
     answer({"ready": os.getpid()})
     for line in sys.stdin:
         job = json.loads(line)
+        # The parent ends what is late. Should it be gone, and this process stuck in code that keeps
+        # Python's lock, only the kernel does.
+        signal.alarm(job["last_s"])
         answer({"id": job["id"], **run_job(job, answer)})
+        signal.alarm(0)
 
 
 def run_job(job: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
