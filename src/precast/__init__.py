@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
+    from precast.monitoring.metrics import MetricsCollector
     from precast.monitoring.performance import PerformanceMonitor
     from precast.passes.interface import InductorPass
     from precast.passes.patterns import pattern_pass
@@ -26,6 +27,7 @@ __all__ = [
     "CompilationConfig",
     "CompilationCounter",
     "InductorPass",
+    "MetricsCollector",
     "PerformanceMonitor",
     "PrecastError",
     "SplitAtLayers",
@@ -44,6 +46,7 @@ _HOME = {
     "CompilationConfig": "precast.config",
     "CompilationCounter": "precast.monitoring.counter",
     "InductorPass": "precast.passes.interface",
+    "MetricsCollector": "precast.monitoring.metrics",
     "PerformanceMonitor": "precast.monitoring.performance",
     "PrecastError": "precast.errors",
     "SplitAtLayers": "precast.split.at_layers",

@@ -90,13 +90,13 @@ def compile(
         return function
     compiled = CompiledModel(function, None, session)
 
-    serve = compiled.dispatcher.forward
+    dispatcher = compiled.dispatcher
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)  # A part of what someone else captures.
-        return serve(*args, **kwargs)
+        return dispatcher.forward(*args, **kwargs)  # Looked up each time: it may be watched.
 
     call.__precast__ = compiled  # type: ignore[attr-defined]
     return call

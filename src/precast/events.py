@@ -183,6 +183,15 @@ class CacheHit(Event):
     num_bytes: int
 
 
+class BlobRead(Event):
+    """A tier gave the bytes of a file of an artifact; what is opened where it lies is not read."""
+
+    digest: str
+    tier: str
+    seconds: float
+    num_bytes: int
+
+
 class CacheMiss(Event):
     """No tier had a key; `cause` says which part of the key is new, where that is known."""
 

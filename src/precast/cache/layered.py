@@ -16,7 +16,7 @@ from precast.cache.manifest import decode_manifest
 from precast.cache.names import check_digest, check_key
 from precast.cache.trust import NO_KEYS, is_unsigned, mark_unsigned, untrusted_reason
 from precast.errors import ArtifactCorruptError
-from precast.events import ArtifactRefused
+from precast.events import ArtifactRefused, BlobRead
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
@@ -158,9 +158,11 @@ class LayeredCache:
     def read_blob(self, digest: str) -> bytes | None:
         check_digest(digest)
         for i, tier in enumerate(self.tiers):
+            started_s = self._clock()
             data = try_read(self._emit, tier, tier.read_blob, digest)
             if data is None:
                 continue
+            self._emit(BlobRead(digest, tier.name, self._clock() - started_s, len(data)))
             found = sha256(data).hexdigest()
             if found != digest:
                 damage = ArtifactCorruptError(f"{tier.name}:{digest}", f"digest {digest}", found)

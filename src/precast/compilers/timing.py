@@ -67,6 +67,8 @@ def time_piece(
                 "eager_s": statistics.median(theirs),
                 "compiled_best_s": min(ours),
                 "eager_best_s": min(theirs),
+                "compiled_p90_s": _p90(ours),
+                "eager_p90_s": _p90(theirs),
                 "num_turns": len(ours),
                 "slower_turns": sum(
                     one > SLOWER * other for one, other in zip(ours, theirs, strict=True)
@@ -88,6 +90,10 @@ def how_much_slower(timing: Sequence[Mapping[str, Any]] | None) -> str | None:
         return None
     row = timing[0]
     return f"{row['compiled_s'] * 1e6:.0f} µs where eager takes {row['eager_s'] * 1e6:.0f} µs"
+
+
+def _p90(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[int(0.9 * (len(seconds) - 1))]
 
 
 def _in_turns(

@@ -36,6 +36,7 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
     "num_cache_misses": (events.CacheMiss, _one),
+    "num_blobs_read": (events.BlobRead, _one),
     "num_pieces_missed": (events.PieceMissed, _one),
     "num_assemblies_missed": (events.AssemblyMissed, _one),
     "num_tier_failures": (events.TierFailed, _one),
@@ -89,6 +90,7 @@ class CompilationCounter:
     num_loaded: int
     num_cache_hits: int
     num_cache_misses: int
+    num_blobs_read: int
     num_pieces_missed: int
     num_assemblies_missed: int
     num_tier_failures: int

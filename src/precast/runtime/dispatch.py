@@ -8,7 +8,7 @@ first call, a new shape, a changed model, is `resolve`'s business, one thread at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,29 @@ class Runnable(Protocol):
         """Whether a call writes into its arguments or the model."""
 
 
+class Watcher(Protocol):
+    """What is told of some of the calls: see `WatchedDispatcher`."""
+
+    @property
+    def numbers(self) -> Iterator[int]:
+        """Gives each call its number."""
+
+    @property
+    def every(self) -> int:
+        """One call in so many is handed to `run`."""
+
+    num_calls: int
+
+    def run(
+        self,
+        serve: Callable[..., Any],
+        dispatcher: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return what `serve(dispatcher, *args, **kwargs)` returns."""
+
+
 class Dispatcher:
     """Serves the calls of one model or function.
 
@@ -46,7 +69,16 @@ class Dispatcher:
             kwargs).
     """
 
-    __slots__ = ("_eager", "_owner_args", "_report", "_resolve", "compiled", "loaded", "owner")
+    __slots__ = (
+        "_eager",
+        "_owner_args",
+        "_report",
+        "_resolve",
+        "compiled",
+        "loaded",
+        "owner",
+        "watcher",
+    )
 
     def __init__(
         self,
@@ -58,6 +90,7 @@ class Dispatcher:
         self.owner = owner
         self.compiled: Any = None  # Whose dispatcher this is.
         self.loaded: tuple[Runnable, ...] = ()
+        self.watcher: Watcher | None = None
         self._owner_args = () if owner is None else (owner,)
         self._eager = eager
         self._resolve = resolve
@@ -93,6 +126,17 @@ class Dispatcher:
                     return self._run_instead(assembly, error, args, kwargs)
         return self._resolve(args, kwargs)
 
+    def watch(self, watcher: Watcher | None) -> None:
+        """Hand some calls to a watcher from now on; None: to nobody, as before.
+
+        It is the class that changes, so that a model which nobody watches pays nothing for it.
+        """
+        if watcher is None:
+            self.__class__ = Dispatcher
+        self.watcher = watcher
+        if watcher is not None:
+            self.__class__ = WatchedDispatcher
+
     def run(
         self, assembly: Runnable, bound: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -110,6 +154,22 @@ class Dispatcher:
         result = self._eager(*args, **kwargs)  # Raises too where the call is at fault.
         self._report(assembly, error, args, kwargs)
         return result
+
+
+class WatchedDispatcher(Dispatcher):
+    """A dispatcher of whose calls one in so many runs in its watcher's hands."""
+
+    __slots__ = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve one call, the model's own hooks left out."""
+        watcher = self.watcher
+        if watcher is None:  # Another thread ended the watch a moment ago.
+            return Dispatcher.forward(self, *args, **kwargs)
+        watcher.num_calls = number = next(watcher.numbers)
+        if number % watcher.every:
+            return Dispatcher.forward(self, *args, **kwargs)
+        return watcher.run(Dispatcher.forward, self, args, kwargs)
 
 
 def needs_gradient(weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,54 @@
+"""Figures of the process are its own, and grow with what it does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from precast.monitoring.system import process_figures, started_at, stored_bytes
+
+linux = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc")
+
+
+@linux
+def test_what_the_process_does_shows(tmp_path: Path) -> None:
+    before = process_figures()
+    deadline = time.process_time() + 0.1
+    while time.process_time() < deadline:
+        pass
+    held = bytearray(os.urandom(1 << 24))
+    with (tmp_path / "file").open("wb") as file:
+        file.write(held)
+        file.flush()
+        os.fsync(file.fileno())
+    after = process_figures()
+    assert after["cpu_seconds"] - before["cpu_seconds"] >= 0.05
+    assert after["resident_bytes"] - before["resident_bytes"] >= 1 << 23
+    assert after["peak_resident_bytes"] >= after["resident_bytes"] // 2
+    assert after["disk_written_bytes"] >= before["disk_written_bytes"]
+    assert after["network_received_bytes"] >= before["network_received_bytes"] >= 0
+
+
+@linux
+def test_a_process_is_known_by_when_it_began() -> None:
+    assert started_at(os.getpid()) == started_at(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert started_at(child.pid) >= started_at(os.getpid())
+    assert child.stdin is not None
+    child.stdin.close()
+    child.wait()
+    assert started_at(child.pid) is None
+
+
+def test_a_folder_is_as_large_as_its_files_each_once(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "blob").write_bytes(b"x" * 1000)
+    (tmp_path / "deep" / "name").hardlink_to(tmp_path / "deep" / "blob")
+    (tmp_path / "manifest").write_bytes(b"x" * 10)
+    assert stored_bytes(str(tmp_path)) == 1010
+    assert stored_bytes(str(tmp_path / "none")) is None
