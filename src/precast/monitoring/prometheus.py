@@ -25,6 +25,9 @@ from precast.monitoring.system import started_at
 if TYPE_CHECKING:
     from precast.monitoring.metrics import MetricsCollector
 
+#: Of the files' names; another number is another format, which nobody reads.
+_PREFIX = "precast_v1"
+
 #: Between two writes of one process.
 WRITTEN_EVERY_S = 5.0
 
@@ -264,7 +267,7 @@ class PrometheusCollector:
             ImportError: `prometheus_client` is not installed.
         """
         if registry is None:
-            registry = _client().REGISTRY
+            registry = _core().REGISTRY
         registry.register(self)
 
     def describe(self) -> Iterator[Any]:
@@ -354,7 +357,7 @@ def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _families(series: Series) -> Iterator[Any]:
-    core = _client().core
+    core = _core()
     kinds = {
         "counter": core.CounterMetricFamily,
         "gauge": core.GaugeMetricFamily,
@@ -374,20 +377,20 @@ def _families(series: Series) -> Iterator[Any]:
         yield family
 
 
-def _client() -> Any:
+def _core() -> Any:
     try:
-        import prometheus_client
+        from prometheus_client import core
     except ImportError as error:
         raise ImportError(
             "Prometheus needs the package prometheus-client: pip install 'precast[prometheus]'"
         ) from error
-    return prometheus_client
+    return core
 
 
 class _Folder:
     """The files through which processes of one server tell each other their figures.
 
-    One for each process: `precast_<pid>_<start of the process>.json`, replaced as a whole. That of
+    One for each process: `precast_v1_<pid>_<start of the process>.json`, replaced as a whole. That of
     a process which is gone stays, since its counts have happened.
     """
 
@@ -410,7 +413,7 @@ class _Folder:
     def others(self) -> Iterator[tuple[Series, bool]]:
         """Iterate over what other processes wrote, and whether they are still there."""
         own = self._own_name()
-        for place in sorted(self._path.glob("precast_*_*.json")):
+        for place in sorted(self._path.glob(f"{_PREFIX}_*_*.json")):
             if place.name == own:
                 continue
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -419,9 +422,9 @@ class _Folder:
                     name: {tuple(labels): value for labels, value in rows}
                     for name, rows in plain.items()
                 }
-                _, pid, started = place.stem.split("_")
+                pid, started = place.stem.split("_")[-2:]
                 yield series, str(started_at(int(pid))) == started
 
     @staticmethod
     def _own_name() -> str:
-        return f"precast_{os.getpid()}_{started_at(os.getpid())}.json"
+        return f"{_PREFIX}_{os.getpid()}_{started_at(os.getpid())}.json"
