@@ -190,7 +190,7 @@ SETTINGS: dict[str, Setting] = {
     "progress": Setting(
         wanted="True, False or None",
         accepts=lambda value: value is None or isinstance(value, bool),
-        remedy="Leave it out to show progress on a terminal only",
+        remedy="Leave it out for a display on a terminal and seldom a line elsewhere",
     ),
 }
 
@@ -233,7 +233,7 @@ class CompilationConfig(Value, kw_only=True):
     on_error: Literal["eager", "raise"] = "eager"
     revalidate: Literal["background", "never", "always"] = "background"
     max_assemblies: int = 8  # Compiled signatures of one model; further ones run eager.
-    progress: bool | None = None  # None: on a terminal.
+    progress: bool | None = None  # False: silent.
 
     settings: ClassVar[dict[str, Setting]] = SETTINGS
 

@@ -183,8 +183,8 @@ class CacheHit(Event):
     num_bytes: int
 
 
-class BlobRead(Event):
-    """A tier gave the bytes of a file of an artifact; what is opened where it lies is not read."""
+class BlobFetched(Event):
+    """A tier that is shared gave the bytes of a file of an artifact, which is kept nearer then."""
 
     digest: str
     tier: str
@@ -385,6 +385,12 @@ class ModelReady(Event):
     from_cache: int
     seconds_saved: float
     warm: bool
+
+
+class StartBrokenOff(Event):
+    """A start was ended by an error that is raised to the caller, or by Ctrl-C."""
+
+    model: str
 
 
 class ModelReleased(Event):

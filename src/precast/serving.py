@@ -31,6 +31,7 @@ from precast.events import (
     CaptureFinished,
     FellBack,
     ModelReleased,
+    StartBrokenOff,
 )
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
 from precast.runtime.collector import no_collection
@@ -269,6 +270,22 @@ class CompiledModel:
             return None
         if self.dispatcher.loaded:
             self._report_outside(args, kwargs)
+        try:
+            return self._take_turn(key, args, kwargs, signature, started)
+        except BaseException:
+            self.session.emit(StartBrokenOff(self.session.name))
+            raise
+
+    def _take_turn(
+        self,
+        key: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        signature: str,
+        started: float,
+    ) -> LoadedAssembly | None:
+        """Capture and compile, or load what another process made of it meanwhile."""
+        is_raised = self.session.config.on_error == "raise"
         # Of the processes that miss this at once, one captures and compiles; the others load.
         with self.session.manager.turn(
             key,
@@ -280,12 +297,12 @@ class CompiledModel:
             try:
                 return self._compile(key, args, kwargs, started)
             except PrecastError as error:
-                if config.on_error == "raise":
+                if is_raised:
                     raise
                 self._fall_back(signature, error, key)
             except Exception as error:
                 # A mistake of ours must not stop a model that runs without us.
-                if config.on_error == "raise":
+                if is_raised:
                     raise
                 self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
         return None

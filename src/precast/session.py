@@ -45,10 +45,11 @@ class Session:
         self.is_disabled = is_disabled
         log = LogListener()
         built_in: list[Callable[[Event], None]] = [log]
-        if config.progress is not False and not is_disabled:
+        may_compile = not is_disabled and config.mode != "cache_only"
+        if config.progress is not False and may_compile:
             from precast.monitoring.progress import ProgressListener
 
-            built_in.append(ProgressListener(is_enabled=config.progress))
+            built_in.append(ProgressListener(config.progress, limit_s=config.max_compile_time))
         if not config.disable_compile_cache and not is_disabled:
             built_in.append(self._make_stats())
         self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)

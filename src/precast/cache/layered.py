@@ -16,7 +16,7 @@ from precast.cache.manifest import decode_manifest
 from precast.cache.names import check_digest, check_key
 from precast.cache.trust import NO_KEYS, is_unsigned, mark_unsigned, untrusted_reason
 from precast.errors import ArtifactCorruptError
-from precast.events import ArtifactRefused, BlobRead
+from precast.events import ArtifactRefused, BlobFetched
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
@@ -162,12 +162,14 @@ class LayeredCache:
             data = try_read(self._emit, tier, tier.read_blob, digest)
             if data is None:
                 continue
-            self._emit(BlobRead(digest, tier.name, self._clock() - started_s, len(data)))
+            seconds = self._clock() - started_s
             found = sha256(data).hexdigest()
             if found != digest:
                 damage = ArtifactCorruptError(f"{tier.name}:{digest}", f"digest {digest}", found)
                 try_quarantine(self._emit, tier, tier.quarantine_blob, digest, damage.reason)
                 continue
+            if tier.is_shared:
+                self._emit(BlobFetched(digest, tier.name, seconds, len(data)))
             for nearer in self.tiers[:i]:
                 if nearer.is_writable and not nearer.is_in_memory:
                     self._write_later(nearer, nearer.write_blob, digest, data)

@@ -36,7 +36,7 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_loaded": (events.PieceLoaded, _one),
     "num_cache_hits": (events.CacheHit, _one),
     "num_cache_misses": (events.CacheMiss, _one),
-    "num_blobs_read": (events.BlobRead, _one),
+    "num_blobs_fetched": (events.BlobFetched, _one),
     "num_pieces_missed": (events.PieceMissed, _one),
     "num_assemblies_missed": (events.AssemblyMissed, _one),
     "num_tier_failures": (events.TierFailed, _one),
@@ -57,6 +57,7 @@ _COUNTS: dict[str, tuple[type[Event], Callable[[Any], int]]] = {
     "num_fallbacks": (events.FellBack, _one),
     "num_swaps": (events.SlotSwapped, _one),
     "num_models_ready": (events.ModelReady, _one),
+    "num_starts_broken_off": (events.StartBrokenOff, _one),
     "num_models_released": (events.ModelReleased, _one),
 }
 
@@ -90,7 +91,7 @@ class CompilationCounter:
     num_loaded: int
     num_cache_hits: int
     num_cache_misses: int
-    num_blobs_read: int
+    num_blobs_fetched: int
     num_pieces_missed: int
     num_assemblies_missed: int
     num_tier_failures: int
@@ -111,6 +112,7 @@ class CompilationCounter:
     num_fallbacks: int
     num_swaps: int
     num_models_ready: int
+    num_starts_broken_off: int
     num_models_released: int
 
     def __init__(self) -> None:

@@ -194,7 +194,7 @@ class _Tally:
                 tier.hits += 1
                 tier.read_bytes += event.num_bytes
                 tier.load_s.add(event.seconds)
-            case events.BlobRead():
+            case events.BlobFetched():
                 tier = self._tier(event.tier)
                 tier.read_bytes += event.num_bytes
                 tier.load_s.add(event.seconds)

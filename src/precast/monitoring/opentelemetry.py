@@ -85,6 +85,9 @@ class OpenTelemetryListener:
                 if is_start:  # Else it is a single call that runs eager.
                     problem = event.reason.message
                     self._hand_over(self._span("precast.start", 0.0, attributes, problem))
+            case events.StartBrokenOff():
+                attributes = {"precast.model": event.model}
+                self._hand_over(self._span("precast.start", 0.0, attributes, "broken off"))
             case events.AssemblyRevalidated():
                 # Long after the start that it looks at again.
                 attributes = {"precast.model": event.model, "precast.valid": event.is_valid}
@@ -125,9 +128,9 @@ class OpenTelemetryListener:
                     "precast.bytes": event.num_bytes,
                 }
                 return self._span("precast.cache_hit", event.seconds, attributes)
-            case events.BlobRead():
+            case events.BlobFetched():
                 attributes = {"precast.tier": event.tier, "precast.bytes": event.num_bytes}
-                return self._span("precast.read_blob", event.seconds, attributes)
+                return self._span("precast.fetch_blob", event.seconds, attributes)
             case events.ArtifactPublished():
                 attributes = {
                     "precast.key": event.key,

@@ -25,7 +25,7 @@ from precast.monitoring.system import started_at
 if TYPE_CHECKING:
     from precast.monitoring.metrics import MetricsCollector
 
-#: Of the files' names; another number is another format, which nobody reads.
+#: Of the files' names. Other buckets, or another form, need another number: then nobody reads them.
 _PREFIX = "precast_v1"
 
 #: Between two writes of one process.
@@ -390,8 +390,8 @@ def _core() -> Any:
 class _Folder:
     """The files through which processes of one server tell each other their figures.
 
-    One for each process: `precast_v1_<pid>_<start of the process>.json`, replaced as a whole. That of
-    a process which is gone stays, since its counts have happened.
+    One for each process: `precast_v1_<pid>_<start of the process>.json`, replaced as a whole. That
+    of a process which is gone stays, since its counts have happened.
     """
 
     def __init__(self, path: Path) -> None:

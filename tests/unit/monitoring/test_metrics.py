@@ -75,7 +75,7 @@ def test_hits_and_bytes_are_told_by_tier() -> None:
     found = after(
         events.CacheHit("a", "disk", 0.001, 100),
         events.CacheHit("b", "redis", 0.01, 100),
-        events.BlobRead("d", "redis", 0.03, 5000),
+        events.BlobFetched("d", "redis", 0.03, 5000),
         events.PieceMissed("p", "c", {}),
         events.AssemblyMissed("m", "e", {}, None),
         events.ArtifactPublished("c", "redis", 7000, 0.1),
