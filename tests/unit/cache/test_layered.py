@@ -10,7 +10,7 @@ from precast.cache import DiskCache, MemoryCache
 from precast.cache.interface import CacheInterface
 from precast.cache.layered import LayeredCache
 from precast.errors import StoreError
-from precast.events import ArtifactQuarantined, Event, TierFailed
+from precast.events import ArtifactQuarantined, BlobFetched, Event, TierFailed
 from precast.testing import BLOB, DIGEST, KEY, CacheContract, make_manifest
 
 Clock = Callable[[], float]
@@ -148,3 +148,21 @@ def test_damage_that_cannot_be_set_aside_is_reported_all_the_same(
     assert event.reason.code == "artifact-corrupt"
     assert "damaged" in event.reason.message
     assert "read-only" in event.reason.message
+
+
+def test_bytes_from_a_shared_tier_are_told(tmp_path: Path, clock: Clock) -> None:
+    """
+    They went over a network, most often; what lies on this machine's disk is told by nobody.
+    """
+    told: list[Event] = []
+    shared = DiskCache(tmp_path / "shared", name="fleet", is_shared=True)
+    shared.write_blob(DIGEST, BLOB)
+    near = DiskCache(tmp_path / "near")
+    layered = LayeredCache([near, shared], told.append, clock)
+    assert layered.read_blob(DIGEST) == BLOB
+    (fetched,) = told
+    assert isinstance(fetched, BlobFetched)
+    assert (fetched.tier, fetched.digest, fetched.num_bytes) == ("fleet", DIGEST, len(BLOB))
+    assert fetched.seconds > 0
+    assert layered.read_blob(DIGEST) == BLOB
+    assert told == [fetched]
