@@ -194,8 +194,7 @@ def test_a_gpus_calls_are_timed_by_its_own_clock() -> None:
     """
     The call returns long before the device has done its work, and is not held up.
     """
-    monitor = PerformanceMonitor()
-    model = Model().register_parameter("weight", None) or Model()
+    monitor, model = PerformanceMonitor(), Model()
     model.weight = nn.Parameter(torch.randn(4096, 4096, device="cuda"))
     work = model.weight.detach()
 
