@@ -59,9 +59,10 @@ class PerformanceMonitor:
     def __call__(self, event: Event) -> None:
         """Take in one event."""
         self._follow_fork()
-        if self._before is None:  # A start's first event: it is looking into the cache.
-            self._before = _memory()
         match event:
+            case events.CacheHit() | events.CacheMiss() | events.AssemblyMissed():
+                if self._before is None:  # A start begins by looking into the cache.
+                    self._before = _memory()
             case events.PieceTimed():
                 rows = [_with_speedup(row) for row in event.timing]
                 best = max(rows, key=lambda row: row["speedup"])
