@@ -151,7 +151,7 @@ def import_ms(module: str, repeats: int) -> float:
 def main() -> int:
     """Run, and print tables; 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--json", help="write everything there")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     options = parser.parse_args()
@@ -183,6 +183,7 @@ def main() -> int:
             served = Served(model)
             compare(served, inputs, 10, num_calls)
             results[name] = compare(served, inputs, count, num_calls)
+            print(f"{name}: {json.dumps(results[name])}", flush=True)
         results["warm start"] = listeners_in_a_warm_start(make_decoder, tokens, cache)
     results["import ms"] = {
         module: import_ms(module, 5 if options.quick else 15)
