@@ -121,23 +121,18 @@ class OpenTelemetryListener:
             case events.PieceLoaded():
                 attributes = {"precast.piece": event.piece, "precast.key": event.key}
                 return self._span("precast.load_piece", event.seconds, attributes)
-            case events.CacheHit():
+            case events.CacheHit() | events.ArtifactPublished():
+                is_hit = isinstance(event, events.CacheHit)
+                name = "precast.cache_hit" if is_hit else "precast.publish"
                 attributes = {
                     "precast.key": event.key,
                     "precast.tier": event.tier,
                     "precast.bytes": event.num_bytes,
                 }
-                return self._span("precast.cache_hit", event.seconds, attributes)
+                return self._span(name, event.seconds, attributes)
             case events.BlobFetched():
                 attributes = {"precast.tier": event.tier, "precast.bytes": event.num_bytes}
                 return self._span("precast.fetch_blob", event.seconds, attributes)
-            case events.ArtifactPublished():
-                attributes = {
-                    "precast.key": event.key,
-                    "precast.tier": event.tier,
-                    "precast.bytes": event.num_bytes,
-                }
-                return self._span("precast.publish", event.seconds, attributes)
             case events.LeaseAwaited():
                 attributes = {"precast.outcome": event.outcome}
                 return self._span("precast.wait", event.seconds, attributes)
