@@ -1,4 +1,4 @@
-"""What `mkdocs.yml` cannot say: pages from the root of the repository, and a place for every page."""
+"""Pages from the root of the repository, and a place in the navigation for every page."""
 
 from __future__ import annotations
 
