@@ -40,9 +40,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Strictly: a broken link, a page that is not in the navigation or a missing name fails.
+# Strictly (with `--quiet`, warnings would not count): a broken link, a page that is not in the navigation or a missing name fails.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pytest: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
