@@ -75,3 +75,23 @@ def test_tolerances_are_the_stated_ones() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_figures_of_the_front_page_are_those_of_their_sources() -> None:
+    """
+    A row for the README's measurements and one for the GPU's.
+    """
+    rows = re.findall(
+        r"^\| an? .+(?:cores|H100) \| (.+) \|$", (DOCS / "index.md").read_text(), re.M
+    )
+    sources = [(ROOT / "README.md").read_text(), (DOCS / "gpu.md").read_text()]
+    assert len(rows) == len(sources)
+    for row, source in zip(rows, sources, strict=True):
+        warm, compiled_warm, cold, compiled_cold = row.split(" | ")
+        for cells in (
+            f"| Precast, warm | {warm} |",
+            f"| torch.compile, warm caches, sizes marked dynamic | {compiled_warm} |",
+            f"| Precast, cold | {cold} |",
+            f"| torch.compile, cold | {compiled_cold} |",
+        ):
+            assert cells in source
