@@ -24,7 +24,10 @@ _MARKER = re.compile(r"^ *<!-- (not run|output varies)(?:, (all \w+))?: (.+?) --
 
 
 class Block(NamedTuple):
-    """One fenced block. `line` is that of its fence; `title` is the file it shows."""
+    """One fenced block, or Python in a comment.
+
+    `line` is that of its fence; `title` is the file it shows.
+    """
 
     page: Path
     line: int
@@ -44,7 +47,8 @@ def blocks_of(page: Path) -> list[Block]:
     """Return the fenced blocks of a page, with what comments before them say of running them.
 
     `<!-- not run: reason -->` and `<!-- output varies: reason -->` concern the next block;
-    `<!-- not run, all console: reason -->` all blocks of a language on the page.
+    `<!-- not run, all console: reason -->` all blocks of a language on the page. A comment that
+    begins with `<!-- python` is run like a block: what a page takes as given.
     """
     lines = page.read_text().splitlines()
     found: list[Block] = []
@@ -60,9 +64,10 @@ def blocks_of(page: Path) -> list[Block]:
                 of_all[kind, scope.removeprefix("all ")] = reason
             else:
                 said[kind] = reason
-        elif fence:
-            indent, language, title = fence.groups()
-            end = next(j for j in range(i + 1, len(lines)) if lines[j].strip() == "```")
+        elif fence or lines[i] == "<!-- python":
+            indent, language, title = fence.groups() if fence else ("", "python", "")
+            last = "```" if fence else "-->"
+            end = next(j for j in range(i + 1, len(lines)) if lines[j].strip() == last)
             found.append(
                 Block(
                     page,
