@@ -1,12 +1,14 @@
-"""Pages from the root of the repository, and a place in the navigation for every page."""
+"""Pages from the root of the repository, and a place for every page and public name."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"architecture.md": "ARCHITECTURE.md", "changelog.md": "CHANGELOG.md"}
@@ -34,6 +36,25 @@ def on_files(files: Files, *, config: MkDocsConfig, **_: Any) -> Files:
     for name, source in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
     return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Put public names that the API page does not show at its end."""
+    if page.file.src_uri != "api/precast.md":
+        return markdown
+    missing = [name for name in public_names() if f"::: precast.{name}\n" not in markdown]
+    more = "".join(f"\n::: precast.{name}\n    options: {{heading_level: 3}}\n" for name in missing)
+    return f"{markdown}\n## More\n{more}" if more else markdown
+
+
+def public_names() -> list[str]:
+    """Return the names that `precast` lists, without importing it."""
+    tree = ast.parse((ROOT / "src" / "precast" / "__init__.py").read_text())
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
+                return list(ast.literal_eval(value))
+    raise LookupError("precast has no __all__")
 
 
 def _names(nav: Any) -> list[str]:
