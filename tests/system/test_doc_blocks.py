@@ -33,6 +33,7 @@ from docblocks import (
     script_of,
     shell_of,
 )
+from precast.config import CompilationConfig
 from servers import free_port
 
 BLOCKS = {page: blocks_of(page) for page in PAGES}
@@ -160,7 +161,9 @@ def test_data_can_be_read(block: Block) -> None:
                 import tomllib
             else:
                 import tomli as tomllib
-            assert tomllib.loads(block.text)
+            read = tomllib.loads(block.text)
+            assert read
+            CompilationConfig(**read.get("tool", {}).get("precast", {}))
 
 
 def precast_commands() -> list[tuple[str, str]]:
