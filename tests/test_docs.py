@@ -40,6 +40,9 @@ def test_the_settings_of_a_key_are_the_stated_ones() -> None:
     stated = re.search(r"^Only (.+?) are part of", (DOCS / "settings.md").read_text(), re.MULTILINE)
     assert stated is not None
     assert sorted(re.findall(r"`(\w+)`", stated[1])) == sorted(in_key)
+    row = re.search(r"^\| `config` \| (.+) \|$", (DOCS / "keys.md").read_text(), re.MULTILINE)
+    assert row is not None
+    assert sorted(re.findall(r"`(\w+)`", row[1])) == sorted(in_key)
 
 
 def test_every_part_of_a_key_is_explained() -> None:
