@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint pytest bench clean
+.PHONY: help demo test check lint docs pytest bench clean
 
 help:
 	@echo "make demo    embed sentences and generate text: eager, cold and warm"
 	@echo "make test    all checks and tests, as CI runs them"
 	@echo "make lint    the checks alone; make pytest, the tests alone"
+	@echo "make docs    the documentation site, in build/site"
 	@echo "make bench   the figures of the README"
 	@echo "make clean   remove the environment and all that was generated"
 
@@ -31,13 +32,17 @@ demo: $(READY)
 
 test: check
 
-check: lint pytest
+check: lint docs pytest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Strictly (with `--quiet`, warnings would not count): a broken link, a page that is not in the navigation or a missing name fails.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pytest: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

@@ -40,6 +40,9 @@ def test_the_settings_of_a_key_are_the_stated_ones() -> None:
     stated = re.search(r"^Only (.+?) are part of", (DOCS / "settings.md").read_text(), re.MULTILINE)
     assert stated is not None
     assert sorted(re.findall(r"`(\w+)`", stated[1])) == sorted(in_key)
+    row = re.search(r"^\| `config` \| (.+) \|$", (DOCS / "keys.md").read_text(), re.MULTILINE)
+    assert row is not None
+    assert sorted(re.findall(r"`(\w+)`", row[1])) == sorted(in_key)
 
 
 def test_every_part_of_a_key_is_explained() -> None:
@@ -70,8 +73,28 @@ def test_tolerances_are_the_stated_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")]), ids=lambda p: p.name
+    "page", sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")]), ids=lambda p: p.name
 )
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_figures_of_the_front_page_are_those_of_their_sources() -> None:
+    """
+    A row for the README's measurements and one for the GPU's.
+    """
+    rows = re.findall(
+        r"^\| an? .+(?:cores|H100) \| (.+) \|$", (DOCS / "index.md").read_text(), re.M
+    )
+    sources = [(ROOT / "README.md").read_text(), (DOCS / "gpu.md").read_text()]
+    assert len(rows) == len(sources)
+    for row, source in zip(rows, sources, strict=True):
+        warm, compiled_warm, cold, compiled_cold = row.split(" | ")
+        for cells in (
+            f"| Precast, warm | {warm} |",
+            f"| torch.compile, warm caches, sizes marked dynamic | {compiled_warm} |",
+            f"| Precast, cold | {cold} |",
+            f"| torch.compile, cold | {compiled_cold} |",
+        ):
+            assert cells in source

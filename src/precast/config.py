@@ -196,7 +196,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 class CompilationConfig(Value, kw_only=True):
-    """The settings of `precast.compile`; see the README's table for their meaning.
+    """The settings of `precast.compile`; docs/settings.md has their meaning.
 
     Each is checked here, once, so that no later part has to. `vars(config)` holds the settings
     that were given; the others may still come from the environment or a file.

@@ -51,6 +51,12 @@ def time_piece(
     for row in rows:
         # A piece may write into its inputs: kept apart, or one run would feed the other.
         inputs = random_inputs(piece, row, 0, None if piece.mutated else known)
+        written = [(inputs[i], inputs[i].clone()) for i in piece.mutated]
+
+        def restore(written: Any = written) -> None:
+            # A piece that counts on, where a static cache is full say, would soon leave it.
+            for tensor, before in written:
+                tensor.copy_(before)
 
         def run_compiled(inputs: Any = inputs) -> None:
             compiled(list(inputs))
@@ -59,7 +65,9 @@ def time_piece(
             eager(*inputs)
 
         with torch.no_grad():
-            ours, theirs = _in_turns(run_compiled, run_eager, _BUDGET_S / len(rows), on_device)
+            ours, theirs = _in_turns(
+                run_compiled, run_eager, restore, _BUDGET_S / len(rows), on_device
+            )
         found.append(
             {
                 "sizes": row,
@@ -97,10 +105,22 @@ def _p90(seconds: Sequence[float]) -> float:
 
 
 def _in_turns(
-    first: Callable[[], None], second: Callable[[], None], budget_s: float, on_device: bool
+    first: Callable[[], None],
+    second: Callable[[], None],
+    restore: Callable[[], None],
+    budget_s: float,
+    on_device: bool,
 ) -> tuple[list[float], list[float]]:
-    """Return the seconds of each run of two functions, run in turns after one warm-up each."""
-    measure = _device_seconds if on_device else _seconds
+    """Return the seconds of each run of two functions, run in turns after one warm-up each.
+
+    `restore` is called before each run and not timed.
+    """
+    clock = _device_seconds if on_device else _seconds
+
+    def measure(run: Callable[[], None]) -> float:
+        restore()
+        return clock(run)
+
     deadline = time.perf_counter() + budget_s
     measure(first)
     measure(second)

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from precast.compilers.timing import how_much_slower, time_piece
+from precast.graph.piece import Piece
 from precast.graph.read import eager_function
-from unit.compilers.example_pieces import TINY
+from unit.compilers.example_pieces import TINY, spec
 
 
 def row(
@@ -47,3 +48,23 @@ def test_a_piece_is_timed_at_two_sizes_and_soon_done() -> None:
     assert [found["sizes"] for found in timing] == [{"s0": 7}, {"s0": 1}]
     assert all(found["compiled_best_s"] >= 0.002 for found in timing)
     assert time_piece(TINY, slow, []) == []
+
+
+def test_a_piece_that_counts_on_begins_anew_each_time() -> None:
+    """
+    As a static cache does: the counter says where to write, and soon would be outside.
+    """
+    piece = Piece(
+        text="""def piece(a0, a1, a2):
+    v0 = a1.index_copy_(0, a2, a0)
+    v1 = a2.add_(1)
+    return (v0,)
+""",
+        inputs=(spec(1, 8), spec(3, 8), spec(1, dtype="int64")),
+        outputs=(spec(3, 8),),
+        symbols={},
+        mutated=(1, 2),
+    )
+    run = eager_function(piece)
+    [timing] = time_piece(piece, lambda inputs: run(*inputs), [{}])
+    assert timing["num_turns"] >= 3
