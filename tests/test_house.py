@@ -35,6 +35,7 @@ PUBLIC_NAMES = [
     "pattern_pass",
     "release",
     "save_bundle",
+    "save_report",
     "status",
     "wait",
 ]
@@ -58,6 +59,7 @@ ERRORS: list[PrecastError] = [
     errors.BundleIncompleteError("a.bundle", "no tier has 0123"),
     errors.BundleUntrustedError("a.bundle", "it is not signed"),
     errors.UnsafeStoreError("disk", "read blob", "it belongs to user 7", "chown it"),
+    errors.RecordingError("start.json", "it is no recording"),
     errors.StoreError("disk", "write", "No space left on device"),
     errors.TierSkippedError("redis", "read manifest"),
 ]

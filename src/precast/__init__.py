@@ -8,7 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # As in `values.py`: not from `typing`, which is dear to import.
 if TYPE_CHECKING:
-    from precast.api import compile, release, save_bundle, status, wait
+    from precast.api import compile, release, save_bundle, save_report, status, wait
     from precast.config import CompilationConfig
     from precast.errors import PrecastError
     from precast.monitoring.counter import CompilationCounter
@@ -38,6 +38,7 @@ __all__ = [
     "pattern_pass",
     "release",
     "save_bundle",
+    "save_report",
     "status",
     "wait",
 ]
@@ -57,6 +58,7 @@ _HOME = {
     "pattern_pass": "precast.passes.patterns",
     "release": "precast.api",
     "save_bundle": "precast.api",
+    "save_report": "precast.api",
     "status": "precast.api",
     "wait": "precast.api",
 }

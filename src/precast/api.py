@@ -170,6 +170,42 @@ def save_bundle(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     return compiled.session.loader.save_bundle(path, keys)
 
 
+def save_report(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write what is known of a compiled model: its pieces, its starts, what they cost and saved.
+
+    A path that ends in `.html` becomes a page that opens anywhere without a network; one that ends
+    in `.json` becomes the recording that such a page is made from, for `precast report`.
+    Nothing has to be planned for it: each compiled model remembers what happened around its starts.
+
+    Returns:
+        `path` and `bytes`.
+
+    Raises:
+        ConfigError: The path has another ending, or Precast does not serve the model.
+        RecordingError: The file cannot be written.
+    """
+    from precast.monitoring.recording import recording_of, write_recording
+    from precast.portrait import portray
+
+    name = os.fspath(path)
+    if not name.endswith((".html", ".json")):
+        raise ConfigError("path", name, "a name that ends in .html or .json", "Choose one of both")
+    compiled = _compiled_of(model)
+    if compiled is None:
+        raise ConfigError(
+            "model",
+            type(model).__name__,
+            "a model that Precast serves",
+            "Call precast.compile(model) first, and make the report before precast.release(model)",
+        )
+    recording = recording_of(compiled.session.recorder, portray(compiled))
+    if name.endswith(".json"):
+        return {"path": name, "bytes": write_recording(path, recording)}
+    from precast.monitoring.report import write_report
+
+    return {"path": name, "bytes": write_report(path, recording)}
+
+
 def wait(model: Any, timeout: float | None = None) -> bool:
     """Return when no background work is left for a model; False where `timeout` seconds ran out."""
     compiled = _compiled_of(model)

@@ -187,6 +187,11 @@ SETTINGS: dict[str, Setting] = {
         wanted="a whole number of at least 1",
         accepts=lambda value: _is_whole(value) and value >= 1,
     ),
+    "record": Setting(
+        wanted="a path or None",
+        accepts=lambda value: value is None or (_is_named(value) and isinstance(value, _PATHS)),
+        remedy="Give a folder for recordings, for `precast report`",
+    ),
     "progress": Setting(
         wanted="True, False or None",
         accepts=lambda value: value is None or isinstance(value, bool),
@@ -233,6 +238,7 @@ class CompilationConfig(Value, kw_only=True):
     on_error: Literal["eager", "raise"] = "eager"
     revalidate: Literal["background", "never", "always"] = "background"
     max_assemblies: int = 8  # Compiled signatures of one model; further ones run eager.
+    record: str | os.PathLike[str] | None = None  # Folder for recordings of starts.
     progress: bool | None = None  # False: silent.
 
     settings: ClassVar[dict[str, Setting]] = SETTINGS
@@ -261,6 +267,12 @@ class CompilationConfig(Value, kw_only=True):
         from pathlib import Path
 
         return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+    def record_path(self) -> Path:
+        """Return the folder for recordings; the working directory where none is set."""
+        from pathlib import Path
+
+        return Path(self.record or ".").expanduser()
 
     def bundle_paths(self) -> list[str]:
         """Return the bundles to read, in order."""

@@ -311,6 +311,20 @@ class BundleIncompleteError(BundleError):
         self.summary = f"bundle {path} cannot be made: {problem}"
 
 
+class RecordingError(PrecastError):
+    """A recording or a report cannot be read or written; `path` names it."""
+
+    code = "artifact-corrupt"
+    outcome = "no report was made"
+    remedy = "Record with the setting `record`, or write one with precast.save_report(model, path)"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+        self.summary = f"recording {path} cannot be used: {problem}"
+
+
 class StoreError(PrecastError):
     """A cache tier could not do its work. A cache must never stop a model."""
 

@@ -52,11 +52,12 @@ class PlanMade(Event):
 
 
 class CompileStarted(Event):
-    """A compiler began with a piece that no tier had."""
+    """A compiler began with a piece that no tier had; `worker_pid` None: in this process."""
 
     piece: str
     key: str
     compiler: str
+    worker_pid: int | None = None
 
 
 class PieceCompiled(Event):
@@ -101,7 +102,8 @@ class JobFinished(Event):
 
     `seconds` are by the clock, `cpu_seconds` those of the worker and its children; `peak_bytes` is
     the most they held together, sampled; `written_bytes` what they handed to `write` calls. None:
-    not known on this machine. `attempts`: a worker that died is replaced once.
+    not known on this machine. `attempts`: a worker that died is replaced once; `worker_pid` is the
+    last one.
     """
 
     piece: str
@@ -113,6 +115,7 @@ class JobFinished(Event):
     peak_bytes: int | None
     written_bytes: int | None
     attempts: int
+    worker_pid: int | None = None
 
 
 class PassRan(Event):

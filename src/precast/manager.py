@@ -711,6 +711,7 @@ class CompilerManager:
                 "piece": piece.to_json(),
                 "verification": done.verify,
                 "timing": timing,
+                **({"source": dict(done.source)} if done.source else {}),
             },
             files,
         )

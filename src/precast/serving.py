@@ -97,6 +97,10 @@ class CompiledModel:
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
         self._pid = os.getpid()
         self.not_sampled: str | None = None  # Why no call is checked in service.
+        if session.recording is not None and not is_block:
+            from precast.portrait import portrait_later
+
+            session.recording.portray_with(portrait_later(self))
 
     def _make_behind(self) -> BackgroundCompiler | None:
         if self.session.config.mode != "progressive":

@@ -17,12 +17,14 @@ from precast.events import Event, Listeners
 from precast.graph.key import HashComputer, explain_misses, toolchain_parts
 from precast.manager import CompilerManager, check_compiler, check_saveable
 from precast.monitoring.log import LogListener
+from precast.monitoring.recorder import Recorder
 from precast.monitoring.stats import StatsListener
 from precast.passes.chosen import NO_PASSES, choose
 
 if TYPE_CHECKING:
     from precast.background.service import CompileService
     from precast.cache.interface import CacheInterface
+    from precast.monitoring.recording import RecordingWriter
 
 # After a cold start, which took many seconds, or in place of one in mode "cache_only".
 _EXPLAIN_BUDGET_S = 0.1
@@ -44,7 +46,9 @@ class Session:
         self.origins = dict(origins)
         self.is_disabled = is_disabled
         log = LogListener()
-        built_in: list[Callable[[Event], None]] = [log]
+        self.recorder = Recorder()
+        self.recording: RecordingWriter | None = None
+        built_in: list[Callable[[Event], None]] = [self.recorder, log]
         may_compile = not is_disabled and config.mode != "cache_only"
         if config.progress is not False and may_compile:
             from precast.monitoring.progress import ProgressListener
@@ -52,6 +56,12 @@ class Session:
             built_in.append(ProgressListener(config.progress, limit_s=config.max_compile_time))
         if not config.disable_compile_cache and not is_disabled:
             built_in.append(self._make_stats())
+        if config.record is not None and not is_disabled:
+            from precast.monitoring.recording import RecordingWriter
+
+            folder = config.record_path()
+            self.recording = RecordingWriter(folder, name, self.recorder, log.note_failed_listener)
+            built_in.append(self.recording)
         self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)
         self.loader: CacheLoader
         self.storage: CacheStorage
@@ -119,6 +129,10 @@ class Session:
     def key_parts(self, key: str) -> dict[str, Any]:
         """Return what a key that `assembly_key` returned was made from."""
         return self._key_parts[key]
+
+    def find_key_parts(self, key: str) -> dict[str, Any] | None:
+        """Return the same, None for another key."""
+        return self._key_parts.get(key)
 
     def _worker_environment(self) -> dict[str, str]:
         # Inductor writes a loop for the number of threads that its process has.

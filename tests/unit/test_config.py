@@ -47,6 +47,7 @@ UNUSABLE = {
     "on_error": "ignore",
     "revalidate": True,
     "max_assemblies": 1.5,
+    "record": 3,
     "progress": "bar",
 }
 

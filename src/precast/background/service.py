@@ -254,6 +254,7 @@ class CompileService:
                         run.peak_bytes,
                         run.written_bytes,
                         run.attempts + 1,
+                        run.worker.pid,
                     )
                 )
 
@@ -305,7 +306,7 @@ class CompileService:
                     if "started" in answer:
                         current = answer["started"]
                         if job.is_reported:
-                            self._emit(CompileStarted(job.name, job.key, current))
+                            self._emit(CompileStarted(job.name, job.key, current, worker.pid))
                         continue
                     failures += [CompileFailure(**failure) for failure in answer["failures"]]
                     meter.look(is_last=True)
@@ -347,6 +348,7 @@ class CompileService:
             worker_pid=pid,
             peak_bytes=peak_bytes,
             timing=tuple(answer.get("timing", ())),
+            source=answer.get("source"),
         )
 
 

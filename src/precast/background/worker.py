@@ -6,7 +6,8 @@ standard output when we started. What compilers print goes to standard error.
     job:      {"id", "piece", "compilers": [name or "module:attribute"], "directory", "verify",
                "imports": [module], "passes": [[kind, text]], "dump_passes", "is_retry"}
     started:  {"id", "started": compiler}                      before each compiler
-    answer:   {"id", "compiler", "files", "details", "seconds", "verify", "timing", "failures"}
+    answer:   {"id", "compiler", "files", "details", "seconds", "verify", "timing", "source",
+               "failures"}
     failure:  {"id", "failures": [{"compiler", "code", "message"}]}
 
 A worker verifies what it compiled: code that crashes takes the worker down, not a server. It knows
@@ -118,6 +119,7 @@ def load_compiler(name: str) -> Any:
 def _compile(
     name: str, piece: Piece, directory: str, job: Mapping[str, Any], passes: PassRun
 ) -> dict[str, Any]:
+    from precast.compilers.sources import pack
     from precast.compilers.timing import time_piece
 
     compiler = load_compiler(name)
@@ -151,12 +153,14 @@ def _compile(
         unproven = details.get("unproven", {})
         _leave_out(piece, details, [(name, n) for name, sizes in unproven.items() for n in sizes])
     details.pop("unproven", None)
+    source = pack(details.pop("source", {}))
     return {
         "compiler": name,
         "files": dict(compiled.files),
         "details": details,
         "verify": verified,
         "timing": timing,
+        "source": source,
     }
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from precast import __version__
-from precast.cli import bundle, cache, doctor, explain, keys, stats
+from precast.cli import bundle, cache, doctor, explain, keys, report, stats
 from precast.cli.options import PROBLEMS, USAGE
 from precast.errors import ConfigError, PrecastError
 
@@ -67,4 +67,5 @@ app.add_typer(bundle.app, name="bundle")
 app.add_typer(keys.app, name="keys")
 app.command("stats")(stats.stats)
 app.command("explain")(explain.explain)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

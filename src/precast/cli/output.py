@@ -7,6 +7,17 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from precast.monitoring.units import as_bytes
+
+__all__ = [
+    "as_bytes",
+    "as_seconds",
+    "as_time",
+    "print_json",
+    "print_line",
+    "print_table",
+]
+
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON."""
@@ -33,19 +44,6 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         )
         if any(row):
             print("  ".join(cells).rstrip())
-
-
-def as_bytes(number: float) -> str:
-    """Return a size as people read it.
-
-    >>> as_bytes(12_345_678)
-    '11.8 MiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 def as_seconds(seconds: float | None) -> str:

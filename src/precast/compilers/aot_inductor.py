@@ -34,6 +34,7 @@ class AOTInductorAdaptor:
         """Compile into `directory`: 4 to 6 s on a CPU, mostly g++."""
         import torch
 
+        from precast.compilers.sources import aoti_sources
         from precast.compilers.tracing import TracedPiece
         from precast.compilers.wrapper_build import WrapperBuild
         from precast.graph.read import as_captured
@@ -58,6 +59,7 @@ class AOTInductorAdaptor:
             # The runner looks for the list of operators beside the library, under its name.
             name = {".so": LIBRARY, ".json": "model.json"}.get(path.suffix, path.name)
             files[name] = str(path.replace(Path(directory) / name))
+        source = aoti_sources(build)
         shutil.rmtree(build)
         prefer_single_threaded_entry(files[LIBRARY])
         _forget_path(Path(files[LIBRARY]), str(build))
@@ -65,6 +67,7 @@ class AOTInductorAdaptor:
             "device": piece.device,
             "entry": LIBRARY,
             "num_outputs": len(piece.outputs),
+            "source": source,
             **traced.sizes(),
         }
         return CompiledPiece(files, details)

@@ -24,10 +24,11 @@ class CompiledPiece(Value):
     """What a compiler made of a piece.
 
     `files` are paths by the names under which `load` wants to find them. `details` is JSON data
-    that goes with them; two names have a meaning to others: `ranges` ({symbol: [low, high]}, high
+    that goes with them; three names have a meaning to others: `ranges` ({symbol: [low, high]}, high
     None for no bound) says for which sizes the code holds where that is less than the piece asks
-    for, and `unproven` ({symbol: [size, ...]}) names sizes within them that must be tried before
-    use, or left out.
+    for, `unproven` ({symbol: [size, ...]}) names sizes within them that must be tried before
+    use, or left out, and `source` ({file name: text}) is what was generated, for people: it is kept
+    with the artifact, and not handed to `load`.
     """
 
     files: Mapping[str, str]

@@ -47,7 +47,8 @@ class JobResult(Value, kw_only=True):
     """What came of a job. `compiler` None: all have failed, and `failures` says why.
 
     `verify` is None or has `max_abs_error`, `max_rel_error` and the `sizes` that were tried.
-    `timing` is what `compilers.timing` measured.
+    `timing` is what `compilers.timing` measured, `source` what the compiler generated, as
+    `compilers.sources` packs it.
     """
 
     compiler: str | None
@@ -59,6 +60,7 @@ class JobResult(Value, kw_only=True):
     worker_pid: int
     peak_bytes: int | None = None
     timing: tuple[Mapping[str, Any], ...] = ()
+    source: Mapping[str, str] | None = None
 
 
 class JobRunner(Protocol):

@@ -7,6 +7,7 @@ single turns say so, at all sizes that were tried. When in doubt it is kept.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ def time_piece(
     piece: Piece, compiled: CompiledCallable, sizes: Sequence[Mapping[str, int]]
 ) -> list[dict[str, Any]]:
     """Return the seconds of one call, compiled and eager, at up to two sets of sizes.
+
+    `compiled_s` and `eager_s` are medians, `…_range_s` where the true ones lie with
+    95 % confidence.
 
     Args:
         piece: Gives the inputs, and runs eager.
@@ -77,6 +81,8 @@ def time_piece(
                 "eager_best_s": min(theirs),
                 "compiled_p90_s": _p90(ours),
                 "eager_p90_s": _p90(theirs),
+                "compiled_range_s": _range_of_median(ours),
+                "eager_range_s": _range_of_median(theirs),
                 "num_turns": len(ours),
                 "slower_turns": sum(
                     one > SLOWER * other for one, other in zip(ours, theirs, strict=True)
@@ -84,6 +90,23 @@ def time_piece(
             }
         )
     return found
+
+
+def _range_of_median(seconds: Sequence[float]) -> list[float] | None:
+    """Return between which two measurements the true median lies, with 95 % confidence.
+
+    By their ranks (a sign test turned round), which asks nothing of how times are spread. None:
+    there are too few for that, five or less.
+    """
+    ordered, n = sorted(seconds), len(seconds)
+    # The chance that at most `rank` of n lie below the median has to stay under 2.5 %.
+    chance, rank = 0.0, -1
+    while rank < n // 2:
+        chance += math.comb(n, rank + 1) / 2**n
+        if chance > 0.025:
+            break
+        rank += 1
+    return [ordered[rank], ordered[n - 1 - rank]] if rank >= 0 else None
 
 
 def how_much_slower(timing: Sequence[Mapping[str, Any]] | None) -> str | None:
