@@ -1,4 +1,4 @@
-"""What all tests share: no user's cache or settings, real servers, GPU tests only with a GPU."""
+"""What all tests share: no user's cache or settings, real servers, a GPU or a browser where needed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from chromium import INSTALL, find_chromium
 from servers import RedisServer, S3Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _skip_browser_tests(items)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return  # Without importing torch: most tests need none.
@@ -21,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a GPU; torch finds none on this machine")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+def _skip_browser_tests(items: list[pytest.Item]) -> None:
+    if find_chromium() is None:
+        skip = pytest.mark.skip(reason=f"needs Chromium; as root: {INSTALL}")
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

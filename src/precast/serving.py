@@ -798,6 +798,8 @@ class CompiledModel:
         """Go back to eager and give everything back."""
         if os.getpid() != self._pid:
             self._follow_fork()
+        if self.session.recording is not None and not self.is_block:
+            self.session.recording.look()
         self.second_look.call_off()
         if self._behind is not None and not self.is_block:
             self._behind.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import sys
 import threading
@@ -49,8 +48,8 @@ def recording_of(recorder: Recorder, model: Mapping[str, Any] | None = None) -> 
         "seconds": round(recorder.seconds(), 6),
         "process": {
             "pid": os.getpid(),
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "machine": f"{os.uname().sysname} {os.uname().machine}",
             "num_cores": os.cpu_count(),
         },
         "memory": [
@@ -175,6 +174,10 @@ class RecordingWriter:
         """Have the model in the recording; `portray` returns None where it is gone."""
         self._pen.portray = portray
 
+    def look(self) -> None:
+        """Portray the model as it is now: the last time, before it is released."""
+        self._pen.look()
+
     def __call__(self, event: Event) -> None:
         """Note what is worth writing."""
         match event:
@@ -229,18 +232,28 @@ class _Pen:
             self._lock = threading.Lock()
             self._timer = None
 
+    def look(self) -> None:
+        """Keep how the model is now; once it is released there is nothing to be seen."""
+        try:
+            self._model = self.portray() or self._model
+        except Exception as error:  # noqa: BLE001 - nothing of this may reach a model.
+            self._give_up(error)
+
     def _write(self) -> None:
         with self._lock:
             self._timer = None
+        self.look()
         if self._is_broken:
             return
         try:
-            # Once it was released there is nothing to be seen: then as it was before.
-            self._model = self.portray() or self._model
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             path = self._folder / f"{self._stem}-{os.getpid()}-{self._end}"
             write_recording(path, recording_of(self._recorder, self._model))
-        except Exception as error:  # noqa: BLE001 - nothing of this may reach a model.
+        except Exception as error:  # noqa: BLE001 - as above.
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._is_broken:
             self._is_broken = True
             self._tell(error)
 

@@ -6,6 +6,7 @@ nothing else runs even if it were to get in. Without script all of it can still 
 
 from __future__ import annotations
 
+import re
 import time
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ from precast.monitoring.units import as_bytes, as_count, as_duration
 
 _MOST_ROWS = 400
 _MOST_MESSAGES = 12  # Of one reason.
+_LONGEST_CELL = 600
+_DIGEST = re.compile(r"\b[0-9a-f]{40,64}\b")
 _LONGEST_TEXT = 300_000
 
 
@@ -493,10 +496,10 @@ def _cache(story: Story) -> tuple[str, str, Any] | None:
                     [
                         row["tier"],
                         row["hits"],
-                        as_bytes(row["hit_bytes"]),
-                        as_duration(row["hit_s"]),
+                        as_bytes(row["hit_bytes"]) if row["hits"] else "",
+                        as_duration(row["hit_s"]) if row["hits"] else "",
                         row["published"],
-                        as_bytes(row["published_bytes"]),
+                        as_bytes(row["published_bytes"]) if row["published"] else "",
                         row["failures"] or "",
                         row["refused"] or "",
                     ]
@@ -527,14 +530,11 @@ def _cache(story: Story) -> tuple[str, str, Any] | None:
 def _differences(miss: Mapping[str, Any]) -> Markup:
     differs = miss.get("differs")
     found = [str(one) for one in differs] if isinstance(differs, list) else []
-    nearest = word(miss.get("nearest"))
-    if not nearest and not found:
+    if not word(miss.get("nearest")) and not found:
         return join("there is none")
-    if len(" ".join(found)) < 120:
-        return join("; ".join(found))
-    return element(
-        "details", element("summary", as_count(len(found), "difference")), _pre("\n".join(found))
-    )
+    # Digests say that two things differ, and nothing more: their beginning will do.
+    shown = [_DIGEST.sub(lambda digest: digest[0][:8] + "…", one) for one in found]
+    return element("ul", [element("li", one[:_LONGEST_CELL]) for one in shown], class_="plain")
 
 
 def _memory(story: Story) -> tuple[str, str, Any] | None:
@@ -811,7 +811,7 @@ def _table(headings: Sequence[str], body: Iterable[Sequence[Any]]) -> Markup:
                     element(
                         "tr",
                         [
-                            element("td", cell, data_label=name, class_=kind)
+                            element("td", _cell(cell), data_label=name, class_=kind)
                             for cell, name, kind in zip(row, names, kinds, strict=True)
                         ],
                     )
@@ -821,3 +821,8 @@ def _table(headings: Sequence[str], body: Iterable[Sequence[Any]]) -> Markup:
         ),
         class_="table",
     )
+
+
+def _cell(content: Any) -> Any:
+    """Return a cell's content as one thing, which a phone sets beside its heading."""
+    return element("div", content) if isinstance(content, Markup) and content else content
