@@ -1,4 +1,4 @@
-"""What all tests share: no user's cache or settings, real servers, a GPU or a browser where needed."""
+"""What all tests share: no user's cache or settings, real servers; a GPU and a browser if there."""
 
 from __future__ import annotations
 
