@@ -25,7 +25,7 @@ def as_duration(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:.1f} h"
     if seconds >= 120:
-        return f"{seconds / 60:.0f} min"
+        return f"{seconds / 60:.1f} min"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         number = seconds * factor
         if number >= 1 or unit == "µs":

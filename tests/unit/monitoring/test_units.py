@@ -17,7 +17,7 @@ from precast.monitoring.units import as_bytes, as_count, as_duration
         (0.126, "126 ms"),
         (1.0, "1.00 s"),
         (33.14, "33.1 s"),
-        (7199.0, "120 min"),
+        (130.0, "2.2 min"),
         (7260.0, "2.0 h"),
     ],
 )
