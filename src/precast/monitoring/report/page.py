@@ -117,7 +117,7 @@ def _tiles(story: Story) -> Markup:
             (
                 "Run compiled",
                 f"{story.num_compiled} of {story.num_slots}",
-                f"{as_count(len(story.pieces), 'different piece')}",
+                f"{as_count(story.num_unique, 'different piece')}",
             )
         )
     if story.start_seconds is not None:

@@ -180,16 +180,31 @@ class Story:
     @property
     def num_slots(self) -> int:
         """How many places run a piece, in all kinds of calls."""
+        if not self.assemblies:
+            return self._sum_of_ready("pieces")
         return sum(len(assembly.slots) for assembly in self.assemblies)
 
     @property
     def num_compiled(self) -> int:
         """How many of them run compiled code."""
+        if not self.assemblies:
+            return min(self._sum_of_ready("compiled"), self.num_slots)
         return sum(
             slot.get("compiler") not in (None, "eager")
             for assembly in self.assemblies
             for slot in assembly.slots
         )
+
+    @property
+    def num_unique(self) -> int:
+        """How many pieces differ."""
+        return len(self.pieces) or self._sum_of_ready("unique_pieces")
+
+    def _sum_of_ready(self, field: str) -> int:
+        """Add up what events say of a model that the recording itself does not know."""
+        if self.model:
+            return 0
+        return sum(int(number(event.get(field))) for event in self.of_kind("ModelReady"))
 
     @property
     def is_warm(self) -> bool | None:
@@ -254,10 +269,14 @@ class Story:
         """How it went, in a word: `good`, `mixed`, `eager`, `working` or `unknown`."""
         if any(piece.reason.get("code") == _UNDER_WAY for piece in self.pieces.values()):
             return "working"
-        if mapping(self.model.get("behind")).get("doing") and self.num_compiled < self.num_slots:
+        behind = mapping(self.model.get("behind"))
+        is_busy = bool(behind.get("doing") or number(behind.get("waiting")))
+        if is_busy and (self.num_compiled < self.num_slots or not self.num_slots):
             return "working"
         if not self.num_slots:
-            return "eager" if self.reasons else "unknown"
+            if self.of_kind("PlanMade") and not self._is_captured_whole():
+                return "unknown"
+            return "eager" if self._model_reasons() else "unknown"
         if self.num_compiled == self.num_slots:
             return "good" if not self._model_reasons() else "mixed"
         return "mixed" if self.num_compiled else "eager"
@@ -270,6 +289,10 @@ class Story:
         total, done = self.num_slots, self.num_compiled
         if not total:
             reasons = self._model_reasons()
+            if self.tone == "working":
+                return f"{self.name} is being captured while it serves: calls run eager"
+            if self.of_kind("PlanMade") and not self._is_captured_whole():
+                return self._what_is_guarded_elsewhere()
             if reasons:
                 code = word(reasons[0].get("code"), "?")
                 return f"{self.name} runs eager: {_meaning(code)} ({code})"
@@ -301,6 +324,24 @@ class Story:
         return (
             f"{done} of {as_count(total, 'piece')} of {self.name} run compiled and {eager} "
             f"{'stays' if eager == 1 else 'stay'} eager ({why})"
+        )
+
+    def _is_captured_whole(self) -> bool:
+        """Whether Precast itself serves the calls, and not Dynamo with pieces of Precast's."""
+        codes = [reason.get("code") for reason in self._model_reasons()]
+        return bool(self.model) and "trace-on-start" not in codes
+
+    def _what_is_guarded_elsewhere(self) -> str:
+        plans = self.of_kind("PlanMade")
+        pieces = sum(int(number(plan.get("pieces"))) for plan in plans)
+        counts = {
+            "compiled here": len(self.of_kind("PieceCompiled")),
+            "from the cache": len(self.of_kind("PieceLoaded")) - len(self.of_kind("PieceCompiled")),
+            "that failed": len({word(e.get("piece")) for e in self.of_kind("PieceFailed")}),
+        }
+        found = ", ".join(f"{count} {what}" for what, count in counts.items() if count > 0)
+        return f"{self.name} is traced at every start and runs as {as_count(pieces, 'piece')}" + (
+            f": {found}" if found else ""
         )
 
     def _what_it_took(self) -> str:
@@ -473,7 +514,7 @@ class Story:
             "verdict": self.verdict(),
             "tone": self.tone,
             "pieces": self.num_slots,
-            "unique_pieces": len(self.pieces),
+            "unique_pieces": self.num_unique,
             "compiled": self.num_compiled,
             "is_warm": self.is_warm,
             "start_seconds": self.start_seconds,

@@ -68,6 +68,38 @@ def test_a_model_that_is_being_compiled_says_so() -> None:
     assert "5 of 6 pieces are in place" in story.verdict()
 
 
+def test_a_model_that_is_still_captured_says_so() -> None:
+    data = recording()
+    data["model"] |= {"assemblies": [], "start_seconds": None}
+    data["model"]["behind"] = {"doing": "capturing", "waiting": 0}
+    data["events"] = []
+    assert Story(data).verdict() == ("Decoder is being captured while it serves: calls run eager.")
+
+
+def test_a_model_whose_guards_dynamo_keeps_is_not_called_eager() -> None:
+    data = recording()
+    reason = {"code": "trace-on-start", "message": "an object", "remedy": "keep it out"}
+    data["model"] |= {"assemblies": [], "start_seconds": None, "reasons": [reason]}
+    plan = {"at": 1.6, "event": "PlanMade", "model": "Decoder", "pieces": 6, "unique_pieces": 3}
+    data["events"] = [plan, *(e for e in data["events"] if e["event"] != "ModelReady")]
+    assert Story(data).verdict() == (
+        "Decoder is traced at every start and runs as 6 pieces: 2 compiled here, 1 that failed."
+    )
+    assert [found["code"] for found in Story(data).reasons] == ["trace-on-start", "compile-timeout"]
+
+
+def test_events_alone_say_what_runs() -> None:
+    data = recording(is_warm=True)
+    data["model"] = None
+    data["events"][-2] |= {"pieces": 6, "compiled": 6, "unique_pieces": 3}
+    story = Story(data)
+    assert story.num_unique == 3
+    assert story.verdict() == (
+        "All 6 pieces of Decoder run compiled; it started from the cache in 40.0 ms and spared "
+        "19.0 s of compiling."
+    )
+
+
 def test_equal_pieces_have_one_letter_and_appear_once() -> None:
     story = Story(recording(num_layers=80))
     assert [piece.letter for piece in story.pieces.values()] == ["A", "B", "C"]
