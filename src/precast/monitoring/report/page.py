@@ -110,7 +110,7 @@ def _header(story: Story, contents: Sequence[tuple[str, str]]) -> Markup:
     )
 
 
-def _tiles(story: Story) -> Markup:
+def _tiles(story: Story) -> Markup | None:
     tiles: list[tuple[str, str, str]] = []
     if story.num_slots:
         tiles.append(
@@ -138,6 +138,8 @@ def _tiles(story: Story) -> Markup:
     if timed is not None and bounds is not None:  # Else there is no telling.
         note = f"95 %: {times(bounds)}"
         tiles.append(("Pieces, eager over compiled", f"{timed[0].speedup:.2f}×", note))
+    if not tiles:
+        return None
     return element(
         "dl",
         [

@@ -130,6 +130,7 @@ class Story:
         self.pieces: dict[str, PieceStory] = {}
         self.assemblies = list(self._assemblies(self.model))
         self._name_pieces()
+        self._job_keys = self._keys_of_jobs()
         self.reasons = self._reasons()
         self.settings = mapping(self.model.get("settings"))
 
@@ -163,10 +164,25 @@ class Story:
                     )
                 self.pieces[identity].slots.append(slot)
 
+    def _keys_of_jobs(self) -> dict[int, str]:
+        """Return the key that a job's piece got: a name may stand for several pieces."""
+        found: dict[int, str] = {}
+        waiting: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for event in self.events:
+            if event.get("event") not in ("JobFinished", "PieceCompiled"):
+                continue
+            jobs = waiting.setdefault((word(event.get("piece")), str(event.get("worker_pid"))), [])
+            if event.get("event") == "JobFinished" and not event.get("code"):
+                jobs.append(event)
+            elif event.get("event") == "PieceCompiled" and jobs:
+                found[id(jobs.pop(0))] = word(event.get("key"))
+        return found
+
     def piece_of(self, event: Mapping[str, Any]) -> PieceStory | None:
         """Return the piece that an event is about, None where that is not certain."""
-        if word(event.get("key")) in self.pieces:
-            return self.pieces[word(event.get("key"))]
+        key = word(event.get("key")) or self._job_keys.get(id(event), "")
+        if key in self.pieces:
+            return self.pieces[key]
         name = word(event.get("piece")).partition(", part ")[0]
         found = [
             piece

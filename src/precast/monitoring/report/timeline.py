@@ -111,7 +111,7 @@ def find_bars(story: Story) -> list[Bar]:
             case "SlotSwapped":
                 bars.append(Bar("Swapped in", end_s, None, f"slot {event.get('slot')}", "swap"))
             case "FellBack" | "PieceFailed" | "AssemblyRejected" | "TierFailed":
-                bars.append(Bar("Not as hoped", end_s, None, word(event.get("event")), "trouble"))
+                bars.append(Bar("Problems", end_s, None, word(event.get("event")), "trouble"))
             case _:
                 pass
     now_s = number(story.recording.get("seconds"))

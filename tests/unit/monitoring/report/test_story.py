@@ -174,6 +174,18 @@ def test_workers_have_lanes_and_one_that_replaced_another_takes_its_lane() -> No
     assert lanes == {"embed": "Worker 1", "layers.0": "Worker 2", "compile-timeout": "Worker 1"}
 
 
+def test_a_job_of_two_pieces_with_one_name_is_known_by_its_key() -> None:
+    data = recording()
+    for slot in data["model"]["assemblies"][0]["slots"]:
+        slot["name"] = "layers.0"
+    for event in data["events"]:
+        if event.get("piece"):
+            event["piece"] = "layers.0"
+    story = Story(data)
+    jobs = [story.piece_of(event) for event in story.of_kind("JobFinished")]
+    assert [piece and piece.letter for piece in jobs] == ["A", "B", None]
+
+
 def test_a_job_that_has_not_ended_is_open() -> None:
     data = recording()
     data["events"] = [event for event in data["events"] if event["event"] != "JobFinished"]
