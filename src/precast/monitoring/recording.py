@@ -139,9 +139,9 @@ def read_recording(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class RecordingWriter:
-    """A listener that writes a recording when a model is ready, gives up, or ends.
+    """A listener that writes a recording when a piece or the model is ready, gives up, or ends.
 
-    It writes from a thread of its own, a moment later, and at exit.
+    It writes from a thread of its own, a moment later, once for all that happened; and at exit.
     """
 
     def __init__(
@@ -181,7 +181,14 @@ class RecordingWriter:
     def __call__(self, event: Event) -> None:
         """Note what is worth writing."""
         match event:
-            case events.ModelReady() | events.FellBack(piece=None) | events.AssemblyRevalidated():
+            case (
+                events.PieceCompiled()
+                | events.PieceFailed()
+                | events.PieceLoaded()
+                | events.ModelReady()
+                | events.FellBack(piece=None)
+                | events.AssemblyRevalidated()
+            ):
                 self._pen.write_soon()
             case events.ModelReleased():
                 self._pen.finish()

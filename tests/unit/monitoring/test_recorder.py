@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,29 @@ def test_a_writer_writes_once_ready_and_again_at_the_end(tmp_path: Path) -> None
     assert [event["event"] for event in found["events"]] == ["ModelReady", "ModelReleased"]
     assert found["model"] == {"model": "My/Model"}
     assert failures == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        events.PieceLoaded("p", "k", "cache", 0.1, 3.0),
+        events.PieceFailed("p", "k", "aot_inductor", REASON),
+        events.FellBack("m", None, REASON),
+    ],
+)
+def test_a_writer_does_not_wait_for_the_end(tmp_path: Path, event: events.Event) -> None:
+    """
+    A start that hangs or is killed shall leave a recording, too. Written by its own thread.
+    """
+    recorder = Recorder()
+    writer = RecordingWriter(tmp_path, "m", recorder, lambda _, error: pytest.fail(str(error)))
+    recorder(event)
+    writer(event)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (found,) = read_recording(newest_of(tmp_path))["events"]
+    assert found["event"] == type(event).__name__
 
 
 def test_a_writer_that_cannot_write_says_so_once_and_stops_nothing(tmp_path: Path) -> None:
