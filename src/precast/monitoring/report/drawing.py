@@ -81,10 +81,17 @@ def _short(name: str) -> str:
 def _slot(piece: PieceStory, number: str, *, is_compiled: bool) -> Markup:
     kind = f"hue-{piece.hue}" if is_compiled else f"eager hue-{piece.hue}"
     size = {} if len(piece.letter) < 3 else {"font_size": 11}
-    return element(
-        "svg",
+    # For the mouse; by keyboard each piece is reached once, in the table below.
+    link = element(
+        "a",
         element("rect", x=1.5, y=1.5, width=_WIDTH - 3, height=25, rx=5),
         element("text", piece.letter, x=_WIDTH / 2, y=19, **size),
+        href=f"#{piece.anchor}",
+        tabindex="-1",
+    )
+    return element(
+        "svg",
+        link,
         element("text", number, x=_WIDTH / 2, y=38, class_="number") if number else None,
         class_=f"slot {kind}",
         width=_WIDTH,
