@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from precast.cli.options import JsonOption
+from precast.cli.options import JsonOption, settings
 
 
 def report(
     recording: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="RECORDING",
-            help="A recording, or a folder of them: then the newest.",
+            metavar="[RECORDING]",
+            help="A recording, or a folder of them: then the newest. Else the setting `record`.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -42,6 +43,11 @@ def report(
     from precast.monitoring.recording import newest_of, read_recording
     from precast.monitoring.report import Story, write_report
 
+    if recording is None:
+        config = settings(None)
+        if config.record is None:
+            raise typer.BadParameter("give a recording, or set `record` to a folder of them")
+        recording = config.record_path()
     path = newest_of(recording) if recording.is_dir() else recording
     found = read_recording(path)
     target = output

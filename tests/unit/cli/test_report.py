@@ -64,6 +64,16 @@ def test_of_a_folder_the_newest_recording_is_taken(path: Path, tmp_path: Path) -
     assert "of Newer run" in output
 
 
+def test_without_an_argument_the_setting_says_where(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run()[0] == 2
+    monkeypatch.setenv("PRECAST_RECORD", str(tmp_path))
+    code, output = run()
+    assert code == 0
+    assert str(path.with_suffix(".html")) in output
+
+
 def test_open_shows_it_in_the_browser(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
