@@ -31,6 +31,7 @@ MOST_BYTES = 64 << 20
 
 _DELAY_S = 0.5  # Between what is worth writing and writing it: starts are not held up.
 _LONGEST_TEXT = 20_000
+_DEEPEST = 40  # Levels of a recording; ours have ten.
 
 
 def recording_of(recorder: Recorder, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -131,11 +132,26 @@ def read_recording(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise RecordingError(name, f"it is no JSON: {error}") from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise RecordingError(name, "it is no recording of Precast")
+    if _is_deeper(found, _DEEPEST):
+        raise RecordingError(name, f"it is nested more than {_DEEPEST} levels deep")
     if found.get("format") != FORMAT:
         raise RecordingError(
             name, f"it has format {found.get('format')!r}, and this version reads {FORMAT}"
         )
     return found
+
+
+def _is_deeper(data: Any, levels: int) -> bool:
+    """Whether data is nested deeper than so many levels; asks without recursion."""
+    level = [data]
+    for _ in range(levels):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+    return any(isinstance(value, dict | list) for value in level)
 
 
 class RecordingWriter:

@@ -23,6 +23,7 @@ from precast.monitoring.recording import (
 )
 
 REASON = Reason("compile-failed", "refused", "Nothing to do", "model.py:3")
+DEEP = b"[" * 60 + b"]" * 60
 
 
 class Clock:
@@ -119,6 +120,7 @@ def test_what_json_does_not_know_becomes_text() -> None:
         (b"[]", "no recording"),
         (b'{"kind": "manifest"}', "no recording"),
         (b'{"kind": "precast-recording", "format": 99}', "format 99"),
+        (b'{"kind": "precast-recording", "format": 1, "model": %b}' % DEEP, "40 levels deep"),
     ],
 )
 def test_what_is_no_recording_is_refused_in_words(

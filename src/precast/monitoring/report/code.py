@@ -6,19 +6,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from precast.monitoring.report.drawing import swatch
-from precast.monitoring.report.markup import Markup, element, join
+from precast.monitoring.report.markup import Markup, element, join, text
 from precast.monitoring.report.reading import mapping, number, rows, word
 from precast.monitoring.report.story import AssemblyStory, PieceStory, Story
 from precast.monitoring.report.tables import prose, table
 from precast.monitoring.units import as_count, as_duration
 
 _LONGEST_TEXT = 300_000
+_MOST_CODE = 2_000_000  # Characters of code on one page, which is to open at once.
+_DEEPEST = 4  # Of the parts of a key.
+
+
+class _Room:
+    """How much code still fits."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_CODE
+
+    def take(self, source: str) -> str:
+        """Return as much of a source as fits."""
+        shown = source[: max(0, min(self._left, _LONGEST_TEXT))]
+        self._left -= len(text(shown))
+        left = len(source) - len(shown)
+        more = f"{left:,} more characters are in the recording, not here"
+        return f"{shown}\n… {more}" if left else shown
 
 
 def code_section(story: Story) -> tuple[str, str, Any] | None:
     """Return the section with all code."""
     if not story.assemblies:
         return None
+    room = _Room()
     return (
         "code",
         "Code",
@@ -28,17 +46,17 @@ def code_section(story: Story) -> tuple[str, str, Any] | None:
                 element("button", "Open all", type="button", id="open-all", hidden=True),
                 " Generated execution code for each kind of call, then each different piece.",
             ),
-            [_assembly_code(story, assembly) for assembly in story.assemblies],
-            [_piece_code(piece) for piece in story.pieces.values()],
+            [_assembly_code(assembly, room) for assembly in story.assemblies],
+            [_piece_code(piece, room) for piece in story.pieces.values()],
         ),
     )
 
 
-def _assembly_code(story: Story, assembly: AssemblyStory) -> Markup:
+def _assembly_code(assembly: AssemblyStory, room: _Room) -> Markup:
     return element(
         "article",
         element("h3", assembly.name, f", {assembly.shapes()}" if assembly.shapes() else None),
-        _details("Execution code", assembly.code),
+        _details("Execution code", assembly.code, room),
         element(
             "details",
             element(
@@ -53,7 +71,7 @@ def _assembly_code(story: Story, assembly: AssemblyStory) -> Markup:
     )
 
 
-def _piece_code(piece: PieceStory) -> Markup:
+def _piece_code(piece: PieceStory, room: _Room) -> Markup:
     sources = mapping(piece.data.get("source"))
     lines = word(piece.data.get("text"))
     return element(
@@ -62,14 +80,17 @@ def _piece_code(piece: PieceStory) -> Markup:
             "h3", swatch(piece), " ", f"Piece {piece.letter}, ", piece.names(), id=piece.anchor
         ),
         element("p", _piece_facts(piece)),
-        _details("The piece’s text, as it is hashed and compiled", lines)
+        _details("The piece’s text, as it is hashed and compiled", lines, room)
         if lines
         else element(
             "p",
             "Its text is not kept: the cache is off, or it is still being compiled.",
             class_="note",
         ),
-        [_details(f"Compiled source: {name}", word(source)) for name, source in sources.items()],
+        [
+            _details(f"Compiled source: {name}", word(source), room)
+            for name, source in sources.items()
+        ],
         None
         if sources or not piece.is_compiled
         else element("p", _no_source(piece), class_="note"),
@@ -134,28 +155,22 @@ def _key_parts(key: str, parts: Any) -> Markup | None:
     )
 
 
-def _flat(parts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _flat(parts: Mapping[str, Any], depth: int = 0) -> Iterable[tuple[str, str]]:
     for name, value in parts.items():
-        if isinstance(value, Mapping):
-            for inner, found in _flat(value):
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            for inner, found in _flat(value, depth + 1):
                 yield f"{name}.{inner}", found
         else:
             yield str(name), str(value)
 
 
-def _details(title: str, source: str) -> Markup:
+def _details(title: str, source: str, room: _Room) -> Markup:
     lines = source.count("\n") + 1
     return element(
         "details",
         element("summary", title, element("span", f" {lines:,} lines", class_="note")),
-        _pre(source),
+        element("pre", element("code", _dimmed(room.take(source))), tabindex="0"),
     )
-
-
-def _pre(source: str) -> Markup:
-    left = len(source) - _LONGEST_TEXT
-    shown = source[:_LONGEST_TEXT] + (f"\n… {left:,} more characters" if left > 0 else "")
-    return element("pre", element("code", _dimmed(shown)), tabindex="0")
 
 
 def _dimmed(source: str) -> Markup:

@@ -18,6 +18,8 @@ from precast.monitoring.units import as_bytes, as_count, as_duration
 #: Reasons that call for nothing: work is under way.
 _UNDER_WAY = "compile-pending"
 
+_DEEPEST = 8  # Of blocks in blocks.
+
 
 class PieceStory:
     """One different piece: `letter` names it, `slots` are all places that run it."""
@@ -128,7 +130,11 @@ class Story:
         self.events = rows(recording.get("events"))
         self.name = word(self.model.get("model")) or self._name_of_events()
         self.pieces: dict[str, PieceStory] = {}
-        self.assemblies = list(self._assemblies(self.model))
+        self.assemblies = [
+            AssemblyStory(word(model.get("model"), "?"), data)
+            for model in self._models(self.model)
+            for data in rows(model.get("assemblies"))
+        ]
         self._name_pieces()
         self._job_keys = self._keys_of_jobs()
         self.reasons = self._reasons()
@@ -145,12 +151,12 @@ class Story:
             (word(event.get("model")) for event in self.events if event.get("model")), "A model"
         )
 
-    def _assemblies(self, model: Mapping[str, Any]) -> Iterator[AssemblyStory]:
-        name = word(model.get("model"), "?")
-        for data in rows(model.get("assemblies")):
-            yield AssemblyStory(name, data)
-        for block in rows(model.get("blocks")):
-            yield from self._assemblies(block)
+    def _models(self, model: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+        """Iterate over a model and the blocks that were compiled apart."""
+        yield model
+        if depth < _DEEPEST:
+            for block in rows(model.get("blocks")):
+                yield from self._models(block, depth + 1)
 
     def _name_pieces(self) -> None:
         known = mapping(self.model.get("pieces"))
@@ -375,12 +381,10 @@ class Story:
 
     # -- what does not run compiled --------------------------------------------
 
-    def _model_reasons(self, model: Mapping[str, Any] | None = None) -> list[Mapping[str, Any]]:
-        model = self.model if model is None else model
-        found = rows(model.get("reasons"))
-        for block in rows(model.get("blocks")):
-            found = [*found, *self._model_reasons(block)]
-        return found
+    def _model_reasons(self) -> list[Mapping[str, Any]]:
+        return [
+            reason for model in self._models(self.model) for reason in rows(model.get("reasons"))
+        ]
 
     def _reasons(self) -> list[dict[str, Any]]:
         """Return reasons by code and remedy, with what they are about; those of now first."""

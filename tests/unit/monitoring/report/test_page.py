@@ -12,7 +12,7 @@ import pytest
 
 from precast.monitoring.report import render
 from precast.monitoring.report.markup import Markup, element, join, text
-from recordings import recording
+from recordings import piece, recording
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;</style></title>\x00\u2028"
 
@@ -153,3 +153,27 @@ def test_markup_escapes_what_is_no_markup() -> None:
 @pytest.mark.parametrize("layers", [1, 80])
 def test_the_page_is_small(layers: int) -> None:
     assert len(render(recording(num_layers=layers))) < 200_000
+
+
+def test_the_page_stays_small_whatever_was_generated() -> None:
+    """
+    A model of many large pieces: what does not fit is named, and is in the recording.
+    """
+    data = recording()
+    template = data["model"]["assemblies"][0]["slots"][0]
+    slots = [{**template, "place": place, "piece": f"piece {place}"} for place in range(80)]
+    data["model"]["assemblies"][0]["slots"] = slots
+    data["model"]["pieces"] = {
+        slot["piece"]: {**piece(0), "source": {"kernels.cpp": "a < b && c;\n" * 20_000}}
+        for slot in slots
+    }
+    page = render(data)
+    assert 1_000_000 < len(page.encode()) < 3_000_000
+    assert "more characters are in the recording, not here" in page
+    assert page.count("def piece(a0)") >= 5
+
+
+def test_parts_of_a_key_in_parts_are_named_by_their_places() -> None:
+    data = recording()
+    data["model"]["assemblies"][0]["parts"] = {"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}
+    assert "a.b.c.d.e" in render(data)
