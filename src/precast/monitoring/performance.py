@@ -17,7 +17,8 @@ from precast import events
 from precast.errors import ConfigError
 from precast.events import Event
 from precast.monitoring.distribution import CALL_S, Distribution
-from precast.monitoring.system import Gpus, device_bytes, peak_device_bytes, resident_bytes
+from precast.monitoring.recorder import resident_bytes
+from precast.monitoring.system import Gpus, device_bytes, peak_device_bytes
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:

@@ -204,6 +204,7 @@ class RecordingWriter:
                 | events.ModelReady()
                 | events.FellBack(piece=None)
                 | events.AssemblyRevalidated()
+                | events.StartBrokenOff()
             ):
                 self._pen.write_soon()
             case events.ModelReleased():

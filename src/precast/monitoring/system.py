@@ -11,11 +11,11 @@ import os
 import sys
 import threading
 
+from precast.monitoring.recorder import resident_bytes  # There, since every start asks for it.
+
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
     from typing import Any
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 def process_figures() -> dict[str, Any]:
@@ -51,15 +51,6 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
-
-
-def resident_bytes() -> int | None:
-    """Return the memory that this process holds."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * _PAGE_BYTES
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def device_bytes() -> int | None:

@@ -435,8 +435,8 @@ class Story:
                 | {"published_bytes": 0.0, "failures": 0, "refused": 0},
             )
             match kind:
-                case "CacheHit":
-                    row["hits"] += 1
+                case "CacheHit" | "BlobFetched":
+                    row["hits"] += kind == "CacheHit"
                     row["hit_bytes"] += number(event.get("num_bytes"))
                     row["hit_s"] += number(event.get("seconds"))
                 case "ArtifactPublished":

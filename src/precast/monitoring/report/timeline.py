@@ -98,8 +98,8 @@ def find_bars(story: Story) -> list[Bar]:
                     bars.append(Bar(lane, start_s, end_s, label, f"job{hue}"))
             case "PieceCompiled" if _pid(event) not in lanes:
                 bars.append(Bar("In this process", start_s, end_s, label, f"job{hue}"))
-            case "CacheHit" | "PieceLoaded" | "ArtifactPublished":
-                words = {"CacheHit": "read", "PieceLoaded": "opened"}
+            case "CacheHit" | "BlobFetched" | "PieceLoaded" | "ArtifactPublished":
+                words = {"CacheHit": "read", "BlobFetched": "fetched", "PieceLoaded": "opened"}
                 text = words.get(str(event.get("event")), "published")
                 text = text if piece is None else f"{piece.letter} {text}"
                 kind = "write" if text.endswith("published") else "read"
@@ -110,7 +110,7 @@ def find_bars(story: Story) -> list[Bar]:
                 bars.append(Bar("Second look", start_s, end_s, text, kind))
             case "SlotSwapped":
                 bars.append(Bar("Swapped in", end_s, None, f"slot {event.get('slot')}", "swap"))
-            case "FellBack" | "PieceFailed" | "AssemblyRejected" | "TierFailed":
+            case "FellBack" | "PieceFailed" | "AssemblyRejected" | "TierFailed" | "StartBrokenOff":
                 bars.append(Bar("Problems", end_s, None, word(event.get("event")), "trouble"))
             case _:
                 pass

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from precast import events
+from precast.monitoring import report
 from precast.monitoring.report import Story, render
 from precast.monitoring.report.drawing import in_words
 from precast.monitoring.report.story import Timing, _letter
@@ -166,6 +170,27 @@ def test_misses_and_tiers_are_counted() -> None:
     assert warm.misses() == []
     (tier,) = warm.tiers()
     assert (tier["tier"], tier["hits"]) == ("disk", 1)
+
+
+def test_what_a_shared_tier_gave_counts_with_what_was_found_there() -> None:
+    data = recording(is_warm=True)
+    fetched = {"event": "BlobFetched", "tier": "redis", "num_bytes": 1000, "seconds": 0.1}
+    found = {"event": "CacheHit", "tier": "redis", "num_bytes": 10, "seconds": 0.1}
+    data["events"] += [{"at": 1.0, **fetched}, {"at": 1.1, **found}]
+    tier = next(row for row in Story(data).tiers() if row["tier"] == "redis")
+    assert (tier["hits"], tier["hit_bytes"]) == (1, 1010)
+
+
+def test_events_that_the_page_knows_are_events() -> None:
+    """
+    They are read by name, since a recording may be of another version: a new name shall be noticed.
+    """
+    folder = Path(report.__file__).parent
+    kinds = {kind.__name__ for kind in events.Event.__subclasses__()}
+    for name in ("story.py", "timeline.py", "sections.py"):
+        named = set(re.findall(r'"([A-Z][a-z]+(?:[A-Z][a-z]+)+)"', (folder / name).read_text()))
+        assert named - kinds == set()
+        assert named
 
 
 def test_workers_have_lanes_and_one_that_replaced_another_takes_its_lane() -> None:
