@@ -18,6 +18,7 @@ import torch
 
 import precast
 from chromium import Chromium, Page
+from precast.api import torch_backend
 from precast.errors import ConfigError, RecordingError
 from precast.monitoring.recording import read_recording
 from precast.monitoring.report import Story, write_report
@@ -160,6 +161,19 @@ def test_each_process_leaves_a_recording_even_when_it_is_killed(tmp_path: Path) 
     assert found["events"][-1]["event"] == "ModelReleased"
     assert Story(found).is_warm
     assert Story(found).num_slots == 1  # As it was before it was released.
+
+
+def test_a_start_through_torch_compile_leaves_its_events(tmp_path: Path) -> None:
+    """
+    There is no model to ask: Dynamo has it. What happened is recorded all the same.
+    """
+    options = {"record": str(tmp_path / "recordings"), "compiler": "eager"}
+    traced = torch.compile(Layer().eval(), backend=torch_backend, options=options)
+    with torch.inference_mode():
+        traced(torch.ones(3, 8))
+    story = Story(read_recording(wait_for_recording(tmp_path)))
+    assert story.verdict() == "torch.compile is traced at every start and runs as 1 piece."
+    torch._dynamo.reset()
 
 
 # -- in the browser --------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _is_deeper(data: Any, levels: int) -> bool:
 
 
 class RecordingWriter:
-    """A listener that writes a recording when a piece or the model is ready, gives up, or ends.
+    """A listener that writes a recording when a plan, a piece or the model is ready, or ends.
 
     It writes from a thread of its own, a moment later, once for all that happened; and at exit.
     """
@@ -198,7 +198,8 @@ class RecordingWriter:
         """Note what is worth writing."""
         match event:
             case (
-                events.PieceCompiled()
+                events.PlanMade()
+                | events.PieceCompiled()
                 | events.PieceFailed()
                 | events.PieceLoaded()
                 | events.ModelReady()
