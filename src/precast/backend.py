@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from precast.blueprint import Blueprint, narrowed_ranges, slot_table
 from precast.contract import autocast_state, bind
 from precast.errors import Reason
-from precast.events import Emit, FellBack, PlanMade
+from precast.events import Emit, FellBack, ModelReady, PlanMade
 from precast.passes.chosen import ChosenPasses
 from precast.runtime.packed import may_pack
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.graph.canonical import WrittenPiece
     from precast.graph.piece import Piece, SymbolRange
+    from precast.manager import PieceResult
+    from precast.runtime.slot import SlotTable
     from precast.split.build import PieceCall, StitchGraph
     from precast.stitch import ExecutionCode
 
@@ -515,6 +517,7 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     )
     ranges = symbol_ranges(example.node.shape_env) if example is not None else {}
     eager = graph_module.forward
+    started = time.perf_counter()
     try:
         drawing = draw(
             _copy_graph(graph_module),
@@ -538,7 +541,9 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
         session.manager.close()
     execution = drawing.execution
     execute = execution.compile()
-    callables = slot_table(drawing.slots, results).callables
+    table = slot_table(drawing.slots, results)
+    callables = table.callables
+    _tell_ready(session, table, results, time.perf_counter() - started)
     extra: tuple[Any, ...] = ([],) if execution.takes_weights else ()
     positions = [names.index(name) for name in execution.arguments]
     limits = _limits(graph_module, narrowed_ranges(drawing.slots, drawing.symbols, results))
@@ -552,6 +557,26 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
         return execute(callables, *extra, *(args[i] for i in positions))
 
     return run
+
+
+def _tell_ready(
+    session: Any, table: SlotTable, results: Sequence[PieceResult], seconds: float
+) -> None:
+    num_compiled, num_eager = table.count()
+    found = [result for result in results if result.from_cache]
+    session.emit(
+        ModelReady(
+            session.name,
+            seconds,
+            num_compiled + num_eager,
+            len(results),
+            num_compiled,
+            num_eager,
+            len(found),
+            sum(result.seconds for result in found),
+            warm=False,
+        )
+    )
 
 
 def _limits(

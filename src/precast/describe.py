@@ -74,21 +74,21 @@ def emit_start(
         results: What became of its pieces; None: it was loaded, the start was warm.
     """
     is_warm = results is None
-    slots = [slot for slot in loaded.slots.slots if slot is not None]
+    num_compiled, num_eager = loaded.slots.count()
+    num_slots = num_compiled + num_eager
     pieces = loaded.assembly.pieces
     found = [result for result in (results or ()) if result.from_cache]
     saved = loaded.assembly.seconds if is_warm else sum(result.seconds for result in found)
     name = session.name
     if is_warm:
-        session.emit(AssemblyLoaded(name, loaded.key, seconds, len(slots), len(pieces), saved))
-    num_eager = sum(slot.compiler == "eager" for slot in slots)
+        session.emit(AssemblyLoaded(name, loaded.key, seconds, num_slots, len(pieces), saved))
     session.emit(
         ModelReady(
             name,
             seconds,
-            len(slots),
+            num_slots,
             len(pieces),
-            len(slots) - num_eager,
+            num_compiled,
             num_eager,
             len(pieces) if is_warm else len(found),
             saved,

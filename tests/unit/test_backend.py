@@ -31,6 +31,14 @@ def test_torch_compile_finds_precast_by_name(tmp_path: Path) -> None:
         assert torch.equal(compiled(x), model(x))
 
 
+def test_what_a_graph_became_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once for each graph, compiled or not: progress ends then."""
+    options = {"cache_dir": str(tmp_path), "compiler": "eager", "progress": True}
+    torch.compile(make(), backend="precast", options=options)(torch.randn(3, 4))
+
+    assert "compiled 0 of 1 pieces" in capfd.readouterr().err
+
+
 def test_an_option_that_is_no_setting_is_refused() -> None:
     compiled = torch.compile(make(), backend="precast", options={"compilr": "eager"})
 

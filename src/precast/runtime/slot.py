@@ -59,3 +59,9 @@ class SlotTable:
         """Replace what one slot runs, from the next call on."""
         self.slots[index] = slot
         self.callables[index] = call
+
+    def count(self) -> tuple[int, int]:
+        """Return how many pieces run compiled, and how many eager."""
+        slots = [slot for slot in self.slots if slot is not None]
+        num_eager = sum(slot.compiler == "eager" for slot in slots)
+        return len(slots) - num_eager, num_eager
