@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
-from precast.events import AssemblyLoaded, ModelReady
+from precast.errors import Reason
+from precast.events import ArtifactRefused, AssemblyLoaded, ModelReady
 
 if TYPE_CHECKING:
     from precast.manager import PieceResult
@@ -52,11 +53,22 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
             if isinstance(loaded, LoadedAssembly)
         ],
         "reasons": [reason.as_dict() for reason in compiled.reasons],
+        "refused": [reason.as_dict() for reason in refusals(compiled.session)],
         "behind": compiled.behind(),
         "not_sampled": compiled.not_sampled,
         "not_revalidated": compiled.second_look.why_not,
         "blocks": [describe(block) for block in compiled.blocks],
     }
+
+
+def refusals(session: Session) -> list[Reason]:
+    """Return why artifacts were left alone that nobody trusted vouches for, each reason once."""
+    found = {
+        (event.reason.code, event.reason.message): event.reason
+        for _, event in session.recorder.events()
+        if isinstance(event, ArtifactRefused)
+    }
+    return list(found.values())
 
 
 def emit_start(

@@ -20,7 +20,7 @@ import torch
 from precast.assembly import Assembly, Bound, LoadedAssembly, open_assembly
 from precast.candidates import Candidates
 from precast.capture.fingerprint import call_signature, example_shapes, model_fingerprint
-from precast.describe import emit_start
+from precast.describe import emit_start, refusals
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import (
     AssemblyMissed,
@@ -261,12 +261,14 @@ class CompiledModel:
                 self._pending.add(signature)
             return None
         if config.mode == "cache_only":
+            refused = refusals(self.session)
             self._give_up(
                 signature,
                 Reason(
                     "not-recorded",
-                    'mode="cache_only" found nothing for this call; it runs eager',
-                    'fill the cache with mode="blocking" first',
+                    'mode="cache_only" found nothing for this call; it runs eager'
+                    + "".join(f"; refused: {reason.message}" for reason in refused[:1]),
+                    refused[0].remedy if refused else 'fill the cache with mode="blocking" first',
                 ),
             )
             return None

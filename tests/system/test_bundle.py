@@ -113,6 +113,13 @@ def test_an_unsigned_bundle_is_used_where_the_user_admits_it(
     assert "AssemblyLoaded" not in happened.split()
     torch.testing.assert_close(torch.tensor(json.loads(output)), torch.tensor(expected))
     assert reasons == "['not-recorded']"
+    # In this process, to see what is said.
+    model, _ = compiled(make_net(), tmp_path / "third", mode="cache_only", bundle=bundle)
+    with torch.no_grad():
+        model(torch.ones(3, 8))
+    status = precast.status(model)
+    assert {reason["code"] for reason in status["refused"]} == {"untrusted"}
+    assert status["refused"][0]["message"] in status["reasons"][0]["message"]
 
 
 def test_an_unsigned_assembly_cannot_have_anything_unpickled(tmp_path: Path) -> None:
