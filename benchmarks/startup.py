@@ -50,6 +50,8 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     import_s = time.perf_counter() - imported
     from decoder import build_decoder, decoder_inputs
 
+    from precast.trial.memory import peak_memory_mb
+
     shape, dtype = shape_of(options), dtype_of(options)
     model = build_decoder(shape, device=options.device, dtype=dtype)
     inputs = decoder_inputs(shape, options.tokens, device=options.device)
@@ -162,14 +164,6 @@ def read_status(
             found["compile_s"] = at["PieceCompiled"] - at["PlanMade"]
             found["rest_s"] = at["ModelReady"] - at["PieceCompiled"]
     return found
-
-
-def peak_memory_mb() -> float:
-    """Return this process's largest resident size so far (not `ru_maxrss`: a child inherits it)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def shape_of(options: argparse.Namespace) -> Any:

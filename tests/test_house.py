@@ -43,6 +43,7 @@ PUBLIC_NAMES = [
 #: One of each error; a new class without an entry fails below.
 ERRORS: list[PrecastError] = [
     errors.ConfigError("mode", "fast", "one of 'blocking'", "Leave it out"),
+    errors.ModelError("there is no module 'app'", "Did you mean 'apps'?", is_usage=True),
     errors.CaptureError("Decoder", "a graph break", "model.py:12"),
     errors.SplitError("SplitAtOps", "linear_3", "no such op"),
     errors.PassError("fuse_norms", "add_2", "dangling node"),

@@ -119,6 +119,28 @@ class ConfigError(PrecastError, ValueError):
         self.summary = f"setting {field!r} must be {wanted}, got {value!r}{where}"
 
 
+class ModelError(PrecastError):
+    """A model named on the command line cannot be loaded or called.
+
+    `is_usage`: what was asked for is not there; else the model's own code failed.
+    """
+
+    code = "config-invalid"
+    outcome = "nothing was compiled"
+
+    def __init__(self, problem: str, remedy: str, *, is_usage: bool = False) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+        self.is_usage = is_usage
+        self.summary = problem
+
+    @property
+    def sentences(self) -> str:
+        """What is wrong and what to do, without what it means for compiling: nothing ran yet."""
+        return f"{_ended(self.problem)} {_ended(self.remedy)}"
+
+
 class CaptureError(PrecastError):
     """No graph could be captured: `problem` is what the tracer said, `location` the user's line."""
 

@@ -775,3 +775,28 @@ def replacement_matcher(
             pattern, replacement, list(examples()), matcher.fwd_only, found
         )
     return found
+
+
+def find_graph_breaks(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[str, str | None, str | None]]:
+    """Return each place at which Dynamo cannot go on: why, `file.py:12`, and that line's text.
+
+    Runs the function once, in parts. Costs as much as capturing it.
+    """
+    # torch 2.11-2.13. Replaces reading the log of TORCH_LOGS=graph_breaks. `explain` is documented
+    # and experimental. Goes when a capture that fails names all breaks, not the first alone.
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(function)(*args, **kwargs)
+    torch._dynamo.reset()
+    breaks = []
+    for each in found.break_reasons:
+        why = str(each.reason).strip().splitlines()[0]
+        if why.startswith("generic_jump"):
+            why = "a branch depends on the value of a tensor"
+        frame = each.user_stack[-1] if each.user_stack else None
+        where = None if frame is None else f"{frame.filename}:{frame.lineno}"
+        breaks.append((why, where, None if frame is None else frame.line))
+    return list(dict.fromkeys(breaks))

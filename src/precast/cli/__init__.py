@@ -1,4 +1,4 @@
-"""The command line: `precast cache`, `stats`, `explain`, `doctor`. Answers without importing torch.
+"""The command line: `precast warm`, `cache`, `doctor` and others. Answers without importing torch.
 
 Each module is a group of commands, thin over functions that return plain data; `docs/cli.md` shows
 them all. Exit codes: 0 all is well, 1 problems were found, 2 the command cannot be followed.

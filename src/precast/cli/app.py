@@ -10,9 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from precast import __version__
-from precast.cli import bundle, cache, doctor, explain, keys, report, stats
+from precast.cli import bench, bundle, cache, check, doctor, explain, keys, report, stats, warm
 from precast.cli.options import PROBLEMS, USAGE
-from precast.errors import ConfigError, PrecastError
+from precast.errors import ConfigError, ModelError, PrecastError
 
 
 class _Program(TyperGroup):
@@ -25,6 +25,9 @@ class _Program(TyperGroup):
         except ConfigError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(USAGE) from error
+        except ModelError as error:
+            typer.echo(f"Error: {error.sentences}", err=True)
+            raise typer.Exit(USAGE if error.is_usage else PROBLEMS) from error
         except PrecastError as error:
             # Not what an error says of models: here is none that could run eager.
             typer.echo(f"Error: {error.summary}. {error.remedy}.", err=True)
@@ -56,7 +59,7 @@ def _root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Look after what Precast keeps: its cache, statistics, and this machine.
+    """Compile models before they serve, and look after what is kept: cache, statistics, machine.
 
     Exit codes: 0 all is well, 1 problems were found, 2 the command cannot be followed.
     """
@@ -65,6 +68,9 @@ def _root(
 app.add_typer(cache.app, name="cache")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
+app.command("warm")(warm.warm)
+app.command("check")(check.check)
 app.command("stats")(stats.stats)
 app.command("explain")(explain.explain)
 app.command("report")(report.report)

@@ -137,7 +137,7 @@ class _Check:
 
         def fresh() -> list[torch.Tensor]:
             torch.manual_seed(seed)
-            return list(map(_copy, made))
+            return list(map(copy_tensor, made))
 
         with torch.no_grad():
             theirs_in = fresh()
@@ -186,54 +186,10 @@ class _Check:
         self, ours: torch.Tensor, theirs: torch.Tensor, reference: torch.Tensor | None, name: str
     ) -> tuple[float, float]:
         """Return the absolute and relative difference of two tensors that agree well enough."""
-        import torch
-
-        self._compare_kind(ours, theirs, name)
-        if torch.equal(ours, theirs):  # Weights, mostly: one pass over them, not six.
-            return 0.0, 0.0
-        if not (theirs.is_floating_point() or theirs.is_complex()):
-            wrong = int((ours != theirs).sum())
-            if wrong:
-                raise self._mismatch(f"{name}: {wrong} of {ours.numel()} integers differ")
-            return 0.0, 0.0
-        difference, scale = self._distance(ours, theirs, name)
-        relative = difference / scale if scale else 0.0
-        dtype = str(theirs.dtype).removeprefix("torch.")
-        allowed = TOLERANCES.get(dtype, _WIDEST_TOLERANCE) * max(scale, 1e-6)
-        if difference <= allowed:
-            return difference, relative
-        usable = reference is not None and reference.shape == ours.shape
-        if usable and reference is not None and reference.is_floating_point():
-            from_truth, _ = self._distance(ours, reference, name)
-            eager_from_truth, _ = self._distance(theirs, reference, name)
-            if from_truth <= max(SLACK * eager_from_truth, allowed):
-                return difference, relative
-            allowed = max(SLACK * eager_from_truth, allowed)
-            difference = from_truth
-        raise self._mismatch(f"{name} ({dtype}) is off by {difference:.3g}, allowed {allowed:.3g}")
-
-    def _compare_kind(self, ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
-        for what in ("dtype", "shape", "device"):
-            mine, other = getattr(ours, what), getattr(theirs, what)
-            if mine != other:
-                raise self._mismatch(f"{name} has {what} {mine}, in eager {other}")
-        if ours.numel() and _strides(ours) != _strides(theirs):
-            raise self._mismatch(f"{name} has strides {ours.stride()}, in eager {theirs.stride()}")
-
-    def _distance(self, ours: torch.Tensor, theirs: torch.Tensor, name: str) -> tuple[float, float]:
-        """Return the largest difference and the largest value, NaN and infinities left out."""
-        import torch
-
-        wide = torch.complex128 if theirs.is_complex() else torch.float64
-        ours, theirs = ours.to(wide), theirs.to(wide)
-        finite = torch.isfinite(theirs)
-        equal = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
-        if not bool((finite | equal).all()) or not bool(torch.isfinite(ours)[finite].all()):
-            raise self._mismatch(f"{name} has NaN or infinity at other places than eager")
-        if not bool(finite.any()):
-            return 0.0, 0.0
-        difference = (ours - theirs)[finite].abs().max()
-        return float(difference), float(theirs[finite].abs().max())
+        try:
+            return compare_tensors(ours, theirs, reference)
+        except TensorsDifferError as error:
+            raise self._mismatch(f"{name}{error}") from error
 
     def _mismatch(self, problem: str) -> VerifyMismatchError:
         return VerifyMismatchError(piece_name(self._piece), self._compiler, problem + self._at())
@@ -243,7 +199,76 @@ class _Check:
         return f" at {at}" if at else ""
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+class TensorsDifferError(Exception):
+    """Two tensors are not the same, for rounding; the message goes on after a tensor's name."""
+
+
+def compare_tensors(
+    ours: torch.Tensor, theirs: torch.Tensor, reference: torch.Tensor | None
+) -> tuple[float, float]:
+    """Return the absolute and the relative difference of two tensors that agree well enough.
+
+    Args:
+        ours: What compiled code made.
+        theirs: What eager made.
+        reference: The same in float64, where that is known: both may be as far from it.
+
+    Raises:
+        TensorsDifferError: They do not agree; says how far apart they are.
+    """
+    import torch
+
+    _compare_kind(ours, theirs)
+    if torch.equal(ours, theirs):  # Weights, mostly: one pass over them, not six.
+        return 0.0, 0.0
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        wrong = int((ours != theirs).sum())
+        if wrong:
+            raise TensorsDifferError(f": {wrong} of {ours.numel()} integers differ")
+        return 0.0, 0.0
+    difference, scale = _distance(ours, theirs)
+    relative = difference / scale if scale else 0.0
+    dtype = str(theirs.dtype).removeprefix("torch.")
+    allowed = TOLERANCES.get(dtype, _WIDEST_TOLERANCE) * max(scale, 1e-6)
+    if difference <= allowed:
+        return difference, relative
+    usable = reference is not None and reference.shape == ours.shape
+    if usable and reference is not None and reference.is_floating_point():
+        from_truth, _ = _distance(ours, reference)
+        eager_from_truth, _ = _distance(theirs, reference)
+        if from_truth <= max(SLACK * eager_from_truth, allowed):
+            return difference, relative
+        allowed = max(SLACK * eager_from_truth, allowed)
+        difference = from_truth
+    raise TensorsDifferError(f" ({dtype}) is off by {difference:.3g}, allowed {allowed:.3g}")
+
+
+def _compare_kind(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    for what in ("dtype", "shape", "device"):
+        mine, other = getattr(ours, what), getattr(theirs, what)
+        if mine != other:
+            raise TensorsDifferError(f" has {what} {mine}, in eager {other}")
+    if ours.numel() and _strides(ours) != _strides(theirs):
+        raise TensorsDifferError(f" has strides {ours.stride()}, in eager {theirs.stride()}")
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """Return the largest difference and the largest value, NaN and infinities left out."""
+    import torch
+
+    wide = torch.complex128 if theirs.is_complex() else torch.float64
+    ours, theirs = ours.to(wide), theirs.to(wide)
+    finite = torch.isfinite(theirs)
+    equal = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
+    if not bool((finite | equal).all()) or not bool(torch.isfinite(ours)[finite].all()):
+        raise TensorsDifferError(" has NaN or infinity at other places than eager")
+    if not bool(finite.any()):
+        return 0.0, 0.0
+    difference = (ours - theirs)[finite].abs().max()
+    return float(difference), float(theirs[finite].abs().max())
+
+
+def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy with the same strides, also where elements share a place in memory."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     flat = tensor.as_strided((size,), (1,), 0)

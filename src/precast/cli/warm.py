@@ -1,0 +1,144 @@
+"""`precast warm`: fill the cache in a build step, so that a service starts warm at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from precast.cli.child import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    ShapesOption,
+    model_job,
+    run_trial,
+    show_reasons,
+)
+from precast.cli.options import (
+    PROBLEMS,
+    CacheDirOption,
+    JsonOption,
+    open_tiers,
+    read_trust,
+    settings,
+)
+
+
+def warm(
+    model: ModelArgument,
+    shapes: ShapesOption = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Call generate() of a transformers model, for so many tokens, not the model.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Wait until the shared tiers of `cache_url` have it.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it into one file too.", show_default=False),
+    ] = None,
+    allow_eager: Annotated[
+        bool, typer.Option("--allow-eager", help="Exit code 0 also where something stayed eager.")
+    ] = False,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a model's calls into the cache, in a build step; a second run finds all of it.
+
+    Calls have to be like the service's: inputs by position or by keyword, dtypes, device, settings.
+    Exit code 1: something stayed eager, or a shared tier has not got it.
+    """
+    from precast.cli.output import print_json
+
+    config = settings(cache_dir)
+    if push and not any(tier.is_shared and tier.is_writable for tier in open_tiers(config)):
+        raise typer.BadParameter(
+            "no shared tier to push to; name one in `cache_url`: 'disk,redis://host'"
+        )
+    job = model_job(
+        "warm", model, shapes, dtype, device, cache_dir,
+        generate=generate, bundle=None if bundle is None else str(bundle.absolute()),
+    )  # fmt: skip
+    result: dict[str, Any] = {}
+    for row in run_trial(job):
+        result = row
+        if not as_json and "call" in row:
+            _show_row(row)
+    pushed = _push(config, result["keys"]) if push else []
+    if as_json:
+        print_json({**result, "pushed": pushed})
+    else:
+        _show(result, pushed)
+    has_problems = any(copy["problems"] for copy in pushed)
+    if has_problems or (result["has_failures"] and not allow_eager):
+        raise typer.Exit(PROBLEMS)
+
+
+def _push(config: Any, keys: list[str]) -> list[dict[str, Any]]:
+    """Make sure that each shared tier has assemblies and their pieces; most arrived by themselves.
+
+    Raises:
+        StoreError: A tier failed.
+    """
+    from precast.cache.catalog import copy_entries, with_named
+
+    nearest, *others = open_tiers(config)
+    wanted = with_named(nearest, keys)
+    return [
+        copy_entries(nearest, tier, wanted, trust=read_trust(config))
+        for tier in others
+        if tier.is_shared and tier.is_writable
+    ]
+
+
+def _show_row(row: dict[str, Any]) -> None:
+    from precast.cli.output import as_seconds, print_line
+
+    if not row["num_kinds"]:
+        outcome = "no new kind of call"
+    else:
+        pieces = f"{row['num_pieces']} pieces, {row['num_unique']} different"
+        made = f"{row['num_compiled']} compiled, {row['num_from_cache']} from the cache"
+        outcome = f"{pieces}: {made}; {as_seconds(row['seconds'])}"
+    print_line(f"({row['call']})")
+    print_line(f"  {outcome}")
+
+
+def _show(result: dict[str, Any], pushed: list[dict[str, Any]]) -> None:
+    from precast.cli.output import as_bytes, as_seconds, print_line
+
+    print_line("")
+    calls, kinds = len(result["calls"]), result["num_kinds"]
+    if result["is_warm"] and kinds:
+        saved = as_seconds(result["seconds_saved"])
+        print_line(
+            f"Warm already: {calls} calls, {kinds} kinds of call, found all they need in "
+            f"{as_seconds(result['seconds'])}. Compiling it took {saved} of workers."
+        )
+    else:
+        print_line(
+            f"{calls} calls, {kinds} kinds of call: {result['num_compiled']} pieces compiled, "
+            f"{result['num_from_cache']} from the cache, in {as_seconds(result['seconds'])}."
+        )
+    print_line(f"It lies in {result['cache_dir']}.")
+    for copy in pushed:
+        print_line(
+            f"{copy['to']}: has all {len(copy['copied']) + len(copy['present'])} entries"
+            if not copy["problems"]
+            else f"{copy['to']}: {len(copy['problems'])} entries are not there"
+        )
+        for problem in copy["problems"]:
+            print_line(f"  {problem['key'][:12]}: {problem['problem']}")
+    if result["bundle"] is not None:
+        print_line(f"{result['bundle']['path']}: {as_bytes(result['bundle']['bytes'])}.")
+    show_reasons(result["reasons"])
