@@ -107,19 +107,22 @@ def torch_backend(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
+    listeners: Iterable[Callable[[Event], None]] = (),
     **settings: Any,
 ) -> Callable[..., Any]:
     """Compile a graph that `torch.compile(model, backend="precast")` captured.
 
     Dynamo keeps its guards and traces at every start; the pieces are looked up in Precast's
-    cache. `precast.compile` saves the tracing too. Options are settings of `CompilationConfig`.
+    cache. `precast.compile` saves the tracing too. Options are settings of `CompilationConfig`,
+    and `listeners`.
 
     Raises:
         ConfigError: An option is not a setting.
     """
     from precast.backend import compile_traced
 
-    session = open_session("torch.compile", None, {**settings, **(options or {})}, ())
+    given = {"listeners": listeners, **settings, **(options or {})}
+    session = open_session("torch.compile", None, given, given.pop("listeners"))
     if session.is_disabled:
         return graph_module.forward
     return compile_traced(graph_module, session)

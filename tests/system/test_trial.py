@@ -43,6 +43,7 @@ def precast(shared_cache: Path) -> Precast:
                 "PYTHONPATH": str(ROOT / "src"),
                 "PRECAST_CACHE_DIR": str(shared_cache),
                 "PRECAST_COMPILER": "eager",
+                "OMP_NUM_THREADS": "1",  # Threads of several processes would wait for each other.
                 **environment,
             },
         )

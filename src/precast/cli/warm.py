@@ -34,7 +34,8 @@ def warm(
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Call generate() of a transformers model, for so many tokens, not the model.",
+            help="Call generate() of a transformers model, for so many tokens and with a static "
+            "cache, instead of the model itself.",
             show_default=False,
         ),
     ] = None,
@@ -70,10 +71,12 @@ def warm(
         generate=generate, bundle=None if bundle is None else str(bundle.absolute()),
     )  # fmt: skip
     result: dict[str, Any] = {}
+    num_kinds = 0
     for row in run_trial(job):
         result = row
+        num_kinds += row["num_kinds"]
         if not as_json and "call" in row:
-            _show_row(row)
+            _show_row(row, num_kinds)
     pushed = _push(config, result["keys"]) if push else []
     if as_json:
         print_json({**result, "pushed": pushed})
@@ -101,11 +104,13 @@ def _push(config: Any, keys: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _show_row(row: dict[str, Any]) -> None:
+def _show_row(row: dict[str, Any], num_kinds: int) -> None:
     from precast.cli.output import as_seconds, print_line
 
     if not row["num_kinds"]:
-        outcome = "no new kind of call"
+        outcome = (
+            "no new kind of call" if num_kinds else "nothing that a start could load, see below"
+        )
     else:
         pieces = f"{row['num_pieces']} pieces, {row['num_unique']} different"
         made = f"{row['num_compiled']} compiled, {row['num_from_cache']} from the cache"

@@ -86,7 +86,9 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
 
 
 def generate(model: Any, call: Call, num_tokens: int) -> Any:
-    """Generate with a model of transformers as its own settings say, greedily.
+    """Generate greedily with a model of transformers, and a static cache if it names no other.
+
+    Every step with a cache that grows would be another kind of call.
 
     Raises:
         ModelError: It has no `generate`, or that raised.
@@ -95,9 +97,13 @@ def generate(model: Any, call: Call, num_tokens: int) -> Any:
         raise ModelError(
             f"{type(model).__name__} has no generate()", "Leave --generate out", is_usage=True
         )
-    settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
-    if getattr(model.generation_config, "cache_implementation", None) == "static":
-        settings["disable_compile"] = True  # Else transformers compiles the model by itself.
+    settings = {
+        "max_new_tokens": num_tokens,
+        "min_new_tokens": num_tokens,
+        "do_sample": False,
+        "cache_implementation": model.generation_config.cache_implementation or "static",
+        "disable_compile": True,  # Else transformers compiles the model by itself.
+    }
 
     class Generating(torch.nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
