@@ -1,4 +1,4 @@
-"""What a compiled piece's guards leave of the sizes that were asked for."""
+"""Uses of torch's internals that have tests of their own: ranges left by guards, and graph breaks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from precast.torch_private import SizesSpecializedError, _narrow
+from precast.torch_private import SizesSpecializedError, _narrow, find_graph_breaks
 
 S0 = sympy.Symbol("s0", integer=True, nonnegative=True)
 S1 = sympy.Symbol("s1", integer=True, nonnegative=True)
@@ -60,3 +61,26 @@ def test_what_is_no_range_is_refused(expression: Any) -> None:
     left: dict[str, list[int | None]] = {"a": [0, None], "b": [1, None]}
     with pytest.raises(SizesSpecializedError, match="holds only where"):
         narrow(expression, **left)
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # First.
+            x = x + 1
+        print(end="")  # noqa: T201 - what Dynamo does not trace: second.
+        return x * 2
+
+
+def test_each_graph_break_is_found_with_its_line() -> None:
+    """
+    If this fails on a new torch: `find_graph_breaks`.
+    """
+    found = find_graph_breaks(Branching(), (torch.ones(2),), {})
+    first = Branching.forward.__code__.co_firstlineno + 1
+    assert [(where, line) for _, where, line in found] == [
+        (f"{__file__}:{first}", "if x.sum() > 0:  # First."),
+        (f"{__file__}:{first + 2}", found[1][2]),
+    ]
+    assert found[0][0] == "a branch depends on the value of a tensor"
+    assert "print" in str(found[1][2])
+    assert find_graph_breaks(torch.nn.ReLU(), (torch.ones(2),), {}) == []
