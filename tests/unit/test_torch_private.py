@@ -1,4 +1,4 @@
-"""Uses of torch's internals that have tests of their own: ranges left by guards, and graph breaks."""
+"""What uses of torch's internals find: the ranges that guards leave, and breaks of a graph."""
 
 from __future__ import annotations
 
