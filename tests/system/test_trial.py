@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def test_a_second_warm_finds_all_and_says_so(precast: Precast, tmp_path: Path) -
     second = precast(*command)
     assert "the factory prints" in second.stderr
     assert "the factory prints" not in second.stdout
-    assert "Warm already: 3 calls, 1 kinds of call" in second.stdout
+    assert "Warm already: 3 calls, 1 kind of call" in second.stdout
     assert str(tmp_path) in second.stdout
     served = precast("stats", "--json", "--cache-dir", tmp_path)
     assert answer(served)["starts"]["warm"]["count"] == 1
@@ -144,7 +145,24 @@ def test_check_names_each_graph_break_with_its_line(precast: Precast) -> None:
         (int(each["location"].rpartition(":")[2]), each["line"]) for each in found["graph_breaks"]
     ] == [(number, text.strip()) for number, text in branches]
     assert found["num_different"] == 0
-    assert "2 graph breaks keep it from being compiled as a whole" in found["verdict"]
+    assert "but has 2 graph breaks" in found["verdict"]
+
+
+@pytest.mark.compile
+def test_what_a_compiler_made_is_found_and_checked(
+    precast: Precast, real_cache: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "PRECAST_CACHE_DIR": str(shutil.copytree(real_cache, tmp_path / "copy")),
+        "OMP_NUM_THREADS": "2",  # Code for one thread is other code.
+        "PRECAST_COMPILER": "auto",
+        "PRECAST_COMPILATION_LEVEL": "full",
+    }
+    command = ("system.models:make_plain", "--shapes", "1..20x16", "--json")
+    assert answer(precast("warm", *command, **settings))["is_warm"]
+    found = answer(precast("check", *command, **settings))
+    assert "and runs compiled (1 piece)." in found["verdict"]
+    assert 0 < found["max_rel_error"] < 2e-5
 
 
 def test_bench_startup_is_warm_from_the_second_process_on(precast: Precast) -> None:

@@ -61,27 +61,31 @@ def check(
 
 def verdict(result: dict[str, Any]) -> str:
     """Return what a check came to, in one sentence."""
+    from precast.cli.output import as_count
+
     num_calls, num_different = len(result["calls"]), result["num_different"]
     places = result["places"]
     num_places = places["compiled"] + places["eager"]
     if num_different:
-        same = f"{result['model']} differs from eager in {num_different} of {num_calls} calls"
+        calls = as_count(num_calls, "call")
+        same = f"{result['model']} differs from eager in {num_different} of {calls}"
     else:
         same = (
-            f"{result['model']} computes the same as eager in {num_calls} calls "
+            f"{result['model']} computes the same as eager in {as_count(num_calls, 'call')} "
             f"(off by {result['max_rel_error']:.1e} of the largest value at most)"
         )
     if result["graph_breaks"]:
-        how = f"{len(result['graph_breaks'])} graph breaks keep it from being compiled as a whole"
+        breaks = as_count(len(result["graph_breaks"]), "graph break")
+        how = f"has {breaks}: it is compiled in parts, or not at all"
     elif not num_places:
-        how = "nothing of it is compiled"
+        how = "is not compiled"
     elif places["eager"] and result["reasons"]:
         how = f"{places['eager']} of {num_places} pieces stay eager"
     elif result["reasons"]:
         how = "not all of its calls are compiled"
     elif places["eager"]:
-        how = f"its {num_places} pieces run as eager code, as the settings say"
+        how = f"runs {as_count(num_places, 'piece')} as eager code, as the settings say"
     else:
-        how = f"all {num_places} pieces run compiled"
+        how = f"runs compiled ({as_count(num_places, 'piece')})"
     join = "and" if not num_different and not result["has_failures"] else "but"
     return f"{same}, {join if not num_different else 'and'} {how}."

@@ -61,6 +61,15 @@ def as_seconds(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def as_count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number of things.
+
+    >>> as_count(1, "call"), as_count(3, "kind of call", "kinds of call")
+    ('1 call', '3 kinds of call')
+    """
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def as_time(at_s: float) -> str:
     """Return a moment by the user's own clock."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_s))

@@ -105,14 +105,14 @@ def _push(config: Any, keys: list[str]) -> list[dict[str, Any]]:
 
 
 def _show_row(row: dict[str, Any], num_kinds: int) -> None:
-    from precast.cli.output import as_seconds, print_line
+    from precast.cli.output import as_count, as_seconds, print_line
 
     if not row["num_kinds"]:
         outcome = (
             "no new kind of call" if num_kinds else "nothing that a start could load, see below"
         )
     else:
-        pieces = f"{row['num_pieces']} pieces, {row['num_unique']} different"
+        pieces = f"{as_count(row['num_pieces'], 'piece')}, {row['num_unique']} different"
         made = f"{row['num_compiled']} compiled, {row['num_from_cache']} from the cache"
         outcome = f"{pieces}: {made}; {as_seconds(row['seconds'])}"
     print_line(f"({row['call']})")
@@ -120,19 +120,21 @@ def _show_row(row: dict[str, Any], num_kinds: int) -> None:
 
 
 def _show(result: dict[str, Any], pushed: list[dict[str, Any]]) -> None:
-    from precast.cli.output import as_bytes, as_seconds, print_line
+    from precast.cli.output import as_bytes, as_count, as_seconds, print_line
 
     print_line("")
-    calls, kinds = len(result["calls"]), result["num_kinds"]
-    if result["is_warm"] and kinds:
+    calls = as_count(len(result["calls"]), "call")
+    kinds = as_count(result["num_kinds"], "kind of call", "kinds of call")
+    if result["is_warm"] and result["num_kinds"]:
+        took = as_seconds(sum(row["seconds"] for row in result["calls"]))
         saved = as_seconds(result["seconds_saved"])
         print_line(
-            f"Warm already: {calls} calls, {kinds} kinds of call, found all they need in "
-            f"{as_seconds(result['seconds'])}. Compiling it took {saved} of workers."
+            f"Warm already: {calls}, {kinds}; what they need was found in {took}. "
+            f"Compiling it took {saved} of workers."
         )
     else:
         print_line(
-            f"{calls} calls, {kinds} kinds of call: {result['num_compiled']} pieces compiled, "
+            f"{calls}, {kinds}: {as_count(result['num_compiled'], 'piece')} compiled, "
             f"{result['num_from_cache']} from the cache, in {as_seconds(result['seconds'])}."
         )
     print_line(f"It lies in {result['cache_dir']}.")
