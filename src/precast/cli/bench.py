@@ -139,7 +139,7 @@ def _show_start(name: str, result: dict[str, Any]) -> None:
 
 
 def _show_starts(found: dict[str, Any]) -> None:
-    from precast.cli.output import as_seconds, print_line, print_table
+    from precast.cli.output import as_count, as_seconds, print_line, print_table
 
     print_line(f"{found['model']} ({found['call']}), {_machine(found)}\n")
     print_table(
@@ -156,10 +156,10 @@ def _show_starts(found: dict[str, Any]) -> None:
             for name, way in found["ways"].items()
         ],
     )
-    repeats = len(found["ways"]["eager"]["runs"])
+    repeats = as_count(len(found["ways"]["eager"]["runs"]), "process", "processes")
     print_line(
-        f"\nMedians of {repeats} processes; cold once. Noise: first outputs of one way differed by "
-        f"up to {_as_share(found['noise'])}."
+        f"\nMedians of {repeats}; cold once. Noise: first outputs of one way "
+        f"±{_as_share(found['noise'] / 2)}."
     )
     if "compile warm" in found["ways"]:
         ours, theirs = (found["ways"][f"{way} warm"]["start_s"] for way in ("precast", "compile"))
@@ -239,7 +239,7 @@ def summarize_calls(model: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _show_calls(found: dict[str, Any]) -> None:
-    from precast.cli.output import print_line, print_table
+    from precast.cli.output import as_count, print_line, print_table
 
     print_line(f"{found['model']}, {_machine(found)}\n")
     names = list(found["calls"][0]["ways"])
@@ -256,9 +256,9 @@ def _show_calls(found: dict[str, Any]) -> None:
     )
     noise = found["noise"]
     print_line(
-        f"\nMedians of {len(found['runs'])} processes. Noise: half of the calls of one way lie "
-        f"within {_as_share(noise['within'])} of their median, and ratios of processes differed by "
-        f"up to {_as_share(noise['between'])}."
+        f"\nMedians of {as_count(len(found['runs']), 'process', 'processes')}. Noise: half of the "
+        f"calls of one way ±{_as_share(noise['within'])} around their median, ratios of processes "
+        f"±{_as_share(noise['between'] / 2)}."
     )
     closest = min(abs(one["ways"]["precast"]["against_eager"] - 1) for one in found["calls"])
     if len(found["runs"]) > 1 and closest < noise["between"]:
@@ -273,7 +273,7 @@ def _machine(found: dict[str, Any]) -> str:
 
 def _as_share(noise: float) -> str:
     """Return noise as people read it; beyond its own size it is no figure any more."""
-    return f"{noise:.0%}" if noise <= 1 else "more than 100%"
+    return f"{noise:.0%}" if noise <= 1 else "over 100%"
 
 
 def _as_time(seconds: float) -> str:
