@@ -698,12 +698,11 @@ def _explain(error: BaseException) -> tuple[str, str | None]:
     text = str(error).strip()
     location = None
     for line in text.splitlines():
-        stripped = line.strip()
-        if stripped.startswith('File "') and "/torch/" not in stripped:
-            location = stripped.rstrip(":")
+        frame = re.match(r'File "(.+)", line (\d+)', line.strip())
+        if frame is not None and "/torch/" not in frame[1]:
+            location = f"{frame[1]}:{frame[2]}"
     real = getattr(error, "real_stack", None)
     if location is None and real:
-        frame = real[-1]
-        location = f"{frame.filename}:{frame.lineno}"
+        location = f"{real[-1].filename}:{real[-1].lineno}"
     first = text.splitlines()[0] if text else type(error).__name__
     return f"{type(error).__name__}: {first}", location

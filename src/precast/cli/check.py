@@ -63,17 +63,15 @@ def verdict(result: dict[str, Any]) -> str:
     """Return what a check came to, in one sentence."""
     from precast.cli.output import as_count
 
-    num_calls, num_different = len(result["calls"]), result["num_different"]
+    calls, num_different = as_count(len(result["calls"]), "call"), result["num_different"]
     places = result["places"]
     num_places = places["compiled"] + places["eager"]
     if num_different:
-        calls = as_count(num_calls, "call")
         same = f"{result['model']} differs from eager in {num_different} of {calls}"
     else:
-        same = (
-            f"{result['model']} computes the same as eager in {as_count(num_calls, 'call')} "
-            f"(off by {result['max_rel_error']:.1e} of the largest value at most)"
-        )
+        largest = result["max_rel_error"]
+        how_far = f"off by {largest:.1e} of the largest value at most" if largest else "to the bit"
+        same = f"{result['model']} computes the same as eager in {calls} ({how_far})"
     if result["graph_breaks"]:
         breaks = as_count(len(result["graph_breaks"]), "graph break")
         how = f"has {breaks}: it is compiled in parts, or not at all"

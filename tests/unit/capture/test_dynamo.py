@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import types
@@ -96,7 +97,7 @@ def test_a_graph_break_is_an_error_that_names_the_line(capfd: pytest.CaptureFixt
 
     assert caught.value.reason.code == "capture-failed"
     assert "breaking" in str(caught.value)
-    assert "test_dynamo.py" in (caught.value.location or "")
+    assert re.search(r"test_dynamo\.py:\d+$", caught.value.location or "")
 
 
 def test_a_call_that_eager_refuses_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
