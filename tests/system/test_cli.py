@@ -45,6 +45,8 @@ finally:
         ("cache", "verify"),
         ("explain", "--last"),
         ("doctor", "--quick"),
+        ("warm", "--help"),
+        ("bench", "startup", "--help"),
         ("--help",),
     ],
     ids=" ".join,
