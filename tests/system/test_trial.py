@@ -194,3 +194,13 @@ def test_each_command_helps_and_has_json(precast: Precast, command: list[str]) -
 def test_completion_is_a_script_for_the_shell(precast: Precast, shell: str) -> None:
     printed = precast("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert "_PRECAST_COMPLETE" in printed.stdout
+
+
+def test_completion_is_installed_and_knows_the_commands(precast: Precast, tmp_path: Path) -> None:
+    settings = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    precast("--install-completion", "bash", **settings)
+    assert "precast" in (tmp_path / ".bashrc").read_text()
+    found = precast(
+        _PRECAST_COMPLETE="complete_bash", COMP_WORDS="precast ch", COMP_CWORD="1", **settings
+    )
+    assert found.stdout.split() == ["check"]

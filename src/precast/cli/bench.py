@@ -267,7 +267,9 @@ def _show_calls(found: dict[str, Any]) -> None:
 
 
 def _machine(found: dict[str, Any]) -> str:
-    threads = f", {found['threads']} threads" if found["device"] == "CPU" else ""
+    from precast.cli.output import as_count
+
+    threads = f", {as_count(found['threads'], 'thread')}" if found["device"] == "CPU" else ""
     return f"{found['device']}{threads}, torch {found['torch']}"
 
 

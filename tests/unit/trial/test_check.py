@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import precast
 from precast.cli.bench import summarize_calls, summarize_starts
 from precast.cli.check import verdict
 from precast.compilers.verify import TensorsDifferError
@@ -156,6 +157,40 @@ def test_settings_of_a_service_do_not_keep_a_build_step_from_compiling(
     )
     assert found["num_kinds"] == 1
     assert found["cache_dir"] == str(tmp_path)
+
+
+def test_generating_warms_the_prompt_and_the_steps_after_it(tmp_path: Path) -> None:
+    """
+    A service that generates as long, with a static cache, finds all of it.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, vocab_size=50, max_position_embeddings=40,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    order = {
+        **job("", "input_ids=1x8,attention_mask=1x8", generate=4, bundle=None),
+        "model": str(tmp_path / "llama"),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    first = warm(order, lambda row: None)
+    assert (first["num_kinds"], first["is_warm"], first["reasons"]) == (2, False, [])
+
+    counter = precast.CompilationCounter()
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    precast.compile(model, cache_dir=tmp_path / "cache", revalidate="never", listeners=[counter])
+    with counter.expect(num_captures=0, num_assemblies_loaded=2):
+        model.generate(
+            torch.ones(1, 8, dtype=torch.int64), attention_mask=torch.ones(1, 8, dtype=torch.int64),
+            max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            cache_implementation="static", disable_compile=True,
+        )  # fmt: skip
+    precast.release(model)
+
+    with pytest.raises(ModelError, match="has no generate"):
+        warm(job("make", "2x8", generate=4, bundle=None), lambda row: None)
 
 
 def run_of(first_output_s: float, start_s: float = 0.0, *, is_warm: bool = True) -> dict[str, Any]:
