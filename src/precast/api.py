@@ -121,8 +121,9 @@ def torch_backend(
     """
     from precast.backend import compile_traced
 
-    given = {"listeners": listeners, **settings, **(options or {})}
-    session = open_session("torch.compile", None, given, given.pop("listeners"))
+    given = {**settings, **(options or {})}
+    told = given.pop("listeners", listeners)
+    session = open_session("torch.compile", None, given, told)
     if session.is_disabled:
         return graph_module.forward
     return compile_traced(graph_module, session)
