@@ -95,12 +95,19 @@ def test_what_is_warmed_is_pushed_and_bundled(
     settings = {"PRECAST_CACHE_URL": url, "PRECAST_ALLOW_UNSIGNED": "1"}
     command = ("warm", "system.trial_models:make_pair", "--shapes", "x=4x8", "--json")
     here, there, bundle = tmp_path / "here", tmp_path / "there", tmp_path / "pair.bundle"
-    done = precast(*command, "--push", "--bundle", bundle, PRECAST_CACHE_DIR=str(here), **settings)
+    page = tmp_path / "page.html"
+    done = precast(
+        *(*command, "--push", "--bundle", bundle, "--report", page),
+        PRECAST_CACHE_DIR=str(here),
+        **settings,
+    )
     found = answer(done)
     (pushed,) = found["pushed"]
     assert pushed["problems"] == []
     assert len(pushed["copied"]) + len(pushed["present"]) >= len(found["keys"]) == 1
     assert found["bundle"]["path"] == str(bundle)
+    assert found["report"] == str(page)
+    assert page.read_text().startswith("<!doctype html>")
 
     elsewhere = answer(precast(*command, PRECAST_CACHE_DIR=str(there), **settings))
     assert elsewhere["is_warm"]

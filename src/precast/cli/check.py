@@ -10,6 +10,7 @@ from precast.cli.child import (
     DeviceOption,
     DtypeOption,
     ModelArgument,
+    ReportOption,
     ShapesOption,
     model_job,
     run_trial,
@@ -23,6 +24,7 @@ def check(
     shapes: ShapesOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    report: ReportOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,7 +37,11 @@ def check(
 
     settings(cache_dir)  # What is not usable is refused here, before anything starts.
     result: dict[str, Any] = {}
-    for row in run_trial(model_job("check", model, shapes, dtype, device, cache_dir)):
+    job = model_job(
+        "check", model, shapes, dtype, device, cache_dir,
+        report=None if report is None else str(report.absolute()),
+    )  # fmt: skip
+    for row in run_trial(job):
         result = row
         if not as_json and "problem" in row:
             outcome = row["problem"] or (
@@ -54,6 +60,8 @@ def check(
             if found["line"]:
                 print_line(f"    {found['line']}")
         show_reasons(result["reasons"])
+        if result["report"] is not None:
+            print_line(f"{result['report']} has a page about it.")
         print_line(result["verdict"])
     if result["has_failures"]:
         raise typer.Exit(PROBLEMS)

@@ -42,6 +42,15 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.", show_default=False),
 ]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write a page about it too: pieces, what stays eager, figures.",
+        show_default=False,
+    ),
+]
 
 
 def model_job(

@@ -11,6 +11,7 @@ from precast.cli.child import (
     DeviceOption,
     DtypeOption,
     ModelArgument,
+    ReportOption,
     ShapesOption,
     model_job,
     run_trial,
@@ -48,6 +49,7 @@ def warm(
         Path | None,
         typer.Option(metavar="FILE", help="Write it into one file too.", show_default=False),
     ] = None,
+    report: ReportOption = None,
     allow_eager: Annotated[
         bool, typer.Option("--allow-eager", help="Exit code 0 also where something stayed eager.")
     ] = False,
@@ -69,6 +71,7 @@ def warm(
     job = model_job(
         "warm", model, shapes, dtype, device, cache_dir,
         generate=generate, bundle=None if bundle is None else str(bundle.absolute()),
+        report=None if report is None else str(report.absolute()),
     )  # fmt: skip
     result: dict[str, Any] = {}
     num_kinds = 0
@@ -156,4 +159,6 @@ def _show(result: dict[str, Any], pushed: list[dict[str, Any]]) -> None:
             print_line(f"  {problem['key'][:12]}: {problem['problem']}")
     if result["bundle"] is not None:
         print_line(f"{result['bundle']['path']}: {as_bytes(result['bundle']['bytes'])}.")
+    if result["report"] is not None:
+        print_line(f"{result['report']} has a page about it.")
     show_reasons(result["reasons"])

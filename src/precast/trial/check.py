@@ -24,11 +24,12 @@ def check(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     """Compare a model's calls, compiled and eager, at sizes where compiled code may go wrong.
 
     Args:
-        job: `model`, `shapes`, `dtype`, `device`, `cache_dir`.
+        job: `model`, `shapes`, `dtype`, `device`, `cache_dir`, `report` (a file to write, or None).
         tell: Told of each call, as it was compared.
 
     Raises:
         ModelError: The model cannot be loaded, copied or called.
+        PrecastError: The report cannot be written.
     """
     loaded = load_model(job["model"], job["dtype"], job["device"])
     calls = make_calls(loaded, [from_json(specs) for specs in job["shapes"]], is_exhaustive=True)
@@ -50,6 +51,9 @@ def check(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     breaks = []
     if any(reason["code"] == "capture-failed" for reason in reasons):
         breaks = _find_breaks(eager, calls[0])
+    if job["report"] is not None:
+        precast.wait(served)
+        precast.save_report(served, job["report"])
     precast.release(served)
     places = count_pieces(status)
     num_different = sum(row["problem"] is not None for row in rows)
@@ -63,6 +67,7 @@ def check(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         "reasons": reasons,
         "has_failures": bool(num_different or breaks or failures(reasons)),
         "cache_dir": status["cache_dir"],
+        "report": job["report"],
     }
 
 

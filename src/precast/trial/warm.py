@@ -29,13 +29,13 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
     """Compile what a model's calls need into the cache, or find it there.
 
     Args:
-        job: `model`, `shapes`, `dtype`, `device`, `cache_dir`, `bundle` (a file to write, or
-            None), `generate` (tokens to generate with each call's input, or None).
+        job: `model`, `shapes`, `dtype`, `device`, `cache_dir`, `bundle` and `report` (files
+            to write, or None), `generate` (tokens to generate with each call's input, or None).
         tell: Told of each call, as it is done.
 
     Raises:
         ModelError: The model cannot be loaded or called, or there is no cache to fill.
-        PrecastError: The bundle cannot be written.
+        PrecastError: The bundle or the report cannot be written.
     """
     loaded = load_model(job["model"], job["dtype"], job["device"])
     calls = make_calls(loaded, [from_json(specs) for specs in job["shapes"]])
@@ -65,6 +65,8 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
     bundle = None
     if job["bundle"] is not None:
         bundle = precast.save_bundle(served, job["bundle"])
+    if job["report"] is not None:
+        precast.save_report(served, job["report"])
     result = {
         "model": loaded.name,
         "calls": rows,
@@ -80,6 +82,7 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
         "keys": keys_of(status),
         "cache_dir": status["cache_dir"],
         "bundle": bundle,
+        "report": job["report"],
     }
     precast.release(served)
     return result
