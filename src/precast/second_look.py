@@ -58,7 +58,9 @@ class SecondLook:
         if when == "never":
             return False
         # Sizes decide what is dynamic: tensors of the captured call's shapes, of no values.
-        alike = like_example(args, kwargs, loaded.assembly.example)
+        alike = like_example(
+            function, int(owner is not None), args, kwargs, loaded.assembly.example
+        )
         if alike is None:
             self.why_not = "the captured call cannot be made again from this one"
             return False

@@ -166,7 +166,7 @@ class CompiledModel:
                 return self._traced, None
             if self.blocks:
                 return None, None  # The blocks within are compiled, the rest is Python.
-            signature = call_signature(args[self._num_owners :], kwargs)
+            signature = self._signature(args, kwargs)
             loaded = self._rebind(args, kwargs)
             if loaded is not None:
                 return loaded, None
@@ -209,6 +209,9 @@ class CompiledModel:
     @property
     def _num_owners(self) -> int:
         return 0 if self.owner is None else 1
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        return call_signature(self.function, self._num_owners, args[self._num_owners :], kwargs)
 
     def _must_stay_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
@@ -462,7 +465,9 @@ class CompiledModel:
             if capture.unrecordable is not None or capture.contract is None:
                 self._trace_on_start(str(capture.unrecordable), key)
                 return None
-            example = example_shapes(args[self._num_owners :], kwargs)
+            example = example_shapes(
+                self.function, self._num_owners, args[self._num_owners :], kwargs
+            )
             blueprint = blueprint_of(
                 capture,
                 session.config,
@@ -488,7 +493,7 @@ class CompiledModel:
             self._note(
                 Reason("outside-contract", f"{problem}; this call ran eager", "nothing to do")
             )
-            self._gave_up[call_signature(args[self._num_owners :], kwargs)] = self.reasons[-1]
+            self._gave_up[self._signature(args, kwargs)] = self.reasons[-1]
             return None
         return loaded
 
@@ -742,7 +747,7 @@ class CompiledModel:
                 other for other in self.dispatcher.loaded if other is not loaded
             )
             self._give_up(
-                call_signature(args[self._num_owners :], kwargs),
+                self._signature(args, kwargs),
                 Reason(
                     "compile-crashed",
                     f"compiled code raised at {_MOST_FAILED_CALLS} calls that eager answered; such "

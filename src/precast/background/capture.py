@@ -283,7 +283,7 @@ def draw_call(
         raise CaptureError(name, "it computes nothing with tensors")
     if capture.contract is None:
         raise UnrecordableError(str(capture.unrecordable))
-    example = example_shapes(args, kwargs)
+    example = example_shapes(function, int(owner is not None), args, kwargs)
     blueprint = blueprint_of(capture, config, events.append, name, example, passes, pack_nothing)
     fell_back = [
         (event.piece or "", event.reason) for event in events if isinstance(event, FellBack)

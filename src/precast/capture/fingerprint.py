@@ -44,18 +44,64 @@ def _feed_module(module: Any, name: str, parts: list[str], seen: set[int]) -> No
             _feed_module(child, key, parts, seen)
 
 
-def call_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def call_places(
+    function: Any, num_owners: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, int | str]]:
+    """Return a call's arguments in one order, however it is written: `f(x)` as `f(x=x)`.
+
+    Args:
+        function: That is called.
+        num_owners: How many arguments of it come before `args`.
+        args: Of the call.
+        kwargs: Of the call.
+
+    Returns:
+        For each argument its parameter's name ("" for more than there are names), and its place:
+        a position in `args`, or a keyword.
+    """
+    code = getattr(function, "__code__", None)
+    names = () if code is None else code.co_varnames[num_owners : code.co_argcount]
+    if any(name in kwargs for name in names[: len(args)]):
+        names = ()  # Two values for one parameter, or a name of `**kwargs`: as it is written.
+    places: list[tuple[str, int | str]] = []
+    for number, name in enumerate(names):
+        if number < len(args):
+            places.append((name, number))
+        elif name in kwargs:
+            places.append((name, name))
+    places.extend(("", number) for number in range(len(names), len(args)))
+    places.extend((name, name) for name in sorted(kwargs.keys() - set(names)))
+    return places
+
+
+def call_signature(
+    function: Any, num_owners: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
     """Return a call's structure: containers, tensors' dtypes and ranks, types of all else.
 
-    Sizes stay out: one assembly covers ranges of them, and its contract knows which.
+    Sizes stay out: one assembly covers ranges of them, and its contract knows which. So do
+    arguments that are their parameter's default. For what the arguments are see `call_places`.
     """
+    defaults = _simple_defaults(function)
     parts: list[str] = []
-    for value in args:
-        _feed_value(value, parts)
-    for name in sorted(kwargs):
+    for name, place in call_places(function, num_owners, args, kwargs):
+        value = args[place] if isinstance(place, int) else kwargs[place]
+        if name in defaults and value is defaults[name]:
+            continue
         parts.append(f"{name}=")
-        _feed_value(kwargs[name], parts)
+        _feed_value(value, parts)
     return " ".join(parts)
+
+
+def _simple_defaults(function: Any) -> dict[str, Any]:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    given = function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(given) : code.co_argcount]
+    found = {**dict(zip(names, given, strict=True)), **(function.__kwdefaults__ or {})}
+    simple = (type(None), bool, int, float, str)
+    return {name: value for name, value in found.items() if type(value) in simple}
 
 
 def _feed_value(value: Any, parts: list[str]) -> None:
@@ -82,13 +128,26 @@ def _type_name(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def example_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
-    """Return the shapes of the tensors that a call passes in plain containers, in order."""
-    return [list(tensor.shape) for tensor in tensors_in((args, kwargs))]
+def example_shapes(
+    function: Any, num_owners: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[list[int]]:
+    """Return the shapes of the tensors that a call passes in plain containers, in order.
+
+    The arguments are those of `call_places`, and so is their order.
+    """
+    values = [
+        args[place] if isinstance(place, int) else kwargs[place]
+        for _, place in call_places(function, num_owners, args, kwargs)
+    ]
+    return [list(tensor.shape) for tensor in tensors_in(values)]
 
 
 def like_example(
-    args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Sequence[Sequence[int]]
+    function: Any,
+    num_owners: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Sequence[Sequence[int]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return a call's arguments with new tensors of the given shapes, of no particular values.
 
@@ -115,11 +174,16 @@ def like_example(
             return type(value)(replace(item) for item in value)
         return value
 
+    new_args, new_kwargs = list(args), dict(kwargs)
     try:
-        found: tuple[tuple[Any, ...], dict[str, Any]] = replace((args, kwargs))
+        for _, place in call_places(function, num_owners, args, kwargs):
+            if isinstance(place, int):
+                new_args[place] = replace(args[place])
+            else:
+                new_kwargs[place] = replace(kwargs[place])
     except (ValueError, IndexError):
         return None
-    return None if remaining else found
+    return None if remaining else (tuple(new_args), new_kwargs)
 
 
 def tensors_in(value: Any) -> Iterator[Any]:

@@ -58,7 +58,7 @@ def warm(
 ) -> None:
     """Compile a model's calls into the cache, in a build step; a second run finds all of it.
 
-    Calls have to be like the service's: inputs by position or by keyword, dtypes, device, settings.
+    Calls have to be like the service's: the same arguments, dtypes, device and settings.
     Exit code 1: something stayed eager, or a shared tier has not got it.
     """
     from precast.cli.output import print_json
