@@ -35,6 +35,7 @@ def run_image(context: Path, root: Path, secrets: dict[str, str]) -> str:
                 "PYTHONPATH": str(ROOT / "src"),
                 "HOME": str(stage / "home"),
                 "PRECAST_KEEP_SLOWER": "1",  # Timings do not decide a test.
+                "PRECAST_PROGRESS": "0",
                 **{k: v.replace("/app", str(stage / "app")) for k, v in variables.items()},
                 **more,
             },

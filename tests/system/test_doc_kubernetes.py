@@ -133,6 +133,7 @@ def test_a_server_loads_what_the_job_compiled(redis_server: RedisServer, tmp_pat
                 **os.environ,
                 "PYTHONPATH": str(ROOT / "src"),
                 "PRECAST_KEEP_SLOWER": "1",  # Timings do not decide a test.
+                "PRECAST_PROGRESS": "0",
                 **settings,
                 **more,
             },
