@@ -807,6 +807,7 @@ class CompiledModel:
             self._follow_fork()
         if self.session.recording is not None and not self.is_block:
             self.session.recording.look()
+        self.dispatcher.watch(None)
         self.second_look.call_off()
         if self._behind is not None and not self.is_block:
             self._behind.close()
