@@ -757,10 +757,14 @@ class CompiledModel:
             )
 
     def _note_failed_call(self, error: BaseException) -> None:
+        raised = f"compiled code raised {type(error).__name__}:"
+        # Once a kind: what is said of memory has other figures each time.
+        if any(known.message.startswith(raised) for known in self.reasons):
+            return
         self._note(
             Reason(
                 "compile-crashed",
-                f"compiled code raised {type(error).__name__}: {error}; the call ran eager",
+                f"{raised} {error}; the call ran eager",
                 "if eager does not raise for this call, please report it",
             )
         )
@@ -807,6 +811,7 @@ class CompiledModel:
             self._follow_fork()
         if self.session.recording is not None and not self.is_block:
             self.session.recording.look()
+        self.dispatcher.watch(None)
         self.second_look.call_off()
         if self._behind is not None and not self.is_block:
             self._behind.close()

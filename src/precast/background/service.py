@@ -43,6 +43,7 @@ _START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
 _STDERR_BYTES = 4000
 _SAMPLE_S = 0.2
 _ORPHAN_S = 10  # Beyond a job's deadline; by then its parent has ended it, or is gone.
+_LONGEST_S = 1 << 30  # What an alarm takes; 34 years are no limit either.
 _EXIT_S = 0.5  # For killed workers to be gone, at the interpreter's exit.
 
 
@@ -275,7 +276,7 @@ class CompileService:
                 "passes": list(job.passes),
                 "dump_passes": job.dump_passes,
                 "is_retry": num_crashes > 0,
-                "last_s": max(1, int(deadline - self._clock())) + _ORPHAN_S,
+                "last_s": int(min(max(1.0, deadline - self._clock()), _LONGEST_S)) + _ORPHAN_S,
             }
             current = left[0] if left else "worker"
             worker, meter = run.worker, UsageMeter(run.worker.pid, self._memory_bytes)

@@ -107,6 +107,8 @@ def run_trial(job: Mapping[str, Any], **environment: str) -> Iterator[dict[str, 
                     raise typer.Exit(USAGE if message["error"]["is_usage"] else PROBLEMS)
                 is_answered = is_answered or "result" in message
                 yield message.get("row") or message["result"]
+                if is_answered:
+                    break  # A process that the model's code left behind may hold the channel open.
         if not is_answered:
             code = child.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class CompilationCounter:
         with counter.expect(num_compiled=3, num_loaded=0):
             model(inputs)
 
-    Each count is an attribute. Safe to use from several threads.
+    Each count is an attribute. Safe to use from several threads; a forked process counts on.
     """
 
     num_captures: int
@@ -116,12 +117,14 @@ class CompilationCounter:
     num_models_released: int
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         for name in _COUNTS:
             setattr(self, name, 0)
 
     def __call__(self, event: Event) -> None:
         """Count one event."""
+        self._follow_fork()
         with self._lock:
             for name, (kind, amount) in _COUNTS.items():
                 if isinstance(event, kind):
@@ -129,8 +132,14 @@ class CompilationCounter:
 
     def snapshot(self) -> dict[str, int]:
         """Return all counts at one moment, by name."""
+        self._follow_fork()
         with self._lock:
             return {name: getattr(self, name) for name in _COUNTS}
+
+    def _follow_fork(self) -> None:
+        if os.getpid() != self._pid:  # A thread that is not here may hold the lock.
+            self._pid = os.getpid()
+            self._lock = threading.Lock()
 
     @contextmanager
     def expect(self, **expected: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ that got worse. No handler is set up: what is shown, and where, is the program's
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class LogListener:
 
     def __init__(self, to: logging.Logger = logger) -> None:
         self._logger = to
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._warned: set[tuple[str, ...]] = set()
 
@@ -105,6 +107,9 @@ class LogListener:
     def _warn(self, what: str, reason: Reason) -> None:
         # Figures in the message vary from call to call; the code and the place are the cause.
         cause = (what, reason.code, reason.location or "")
+        if os.getpid() != self._pid:  # In a fork: a thread that is not here may hold the lock.
+            self._pid = os.getpid()
+            self._lock = threading.Lock()
         with self._lock:
             if cause in self._warned:
                 return

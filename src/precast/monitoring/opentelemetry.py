@@ -6,6 +6,7 @@ times. Where they go is the program's choice, by the SDK that it sets up.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _NS = 1_000_000_000
 _MOST_KEPT = 10_000  # Spans of one start.
+_PUBLISH = "precast.publish"
 
 
 class _Span(NamedTuple):
@@ -60,11 +62,17 @@ class OpenTelemetryListener:
         self._trace: Any = trace
         self._tracer = trace.get_tracer("precast", __version__, tracer_provider)
         self._now_ns = now_ns
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._steps: list[_Span] = []  # Of a start that has not ended.
 
     def __call__(self, event: Event) -> None:
         """Keep the span of a step; hand over what belongs to a start that has ended."""
+        if os.getpid() != self._pid:
+            self._begin()  # In a fork: the steps are the parent's, and its lock may be held.
         match event:
             case events.ModelReady():
                 attributes = {
@@ -123,7 +131,7 @@ class OpenTelemetryListener:
                 return self._span("precast.load_piece", event.seconds, attributes)
             case events.CacheHit() | events.ArtifactPublished():
                 is_hit = isinstance(event, events.CacheHit)
-                name = "precast.cache_hit" if is_hit else "precast.publish"
+                name = "precast.cache_hit" if is_hit else _PUBLISH
                 attributes = {
                     "precast.key": event.key,
                     "precast.tier": event.tier,
@@ -148,8 +156,12 @@ class OpenTelemetryListener:
 
     def _keep(self, step: _Span) -> None:
         with self._lock:
-            if len(self._steps) < _MOST_KEPT:
+            # Shared tiers are written behind, also when the start has long ended.
+            is_late = step.name == _PUBLISH and not self._steps
+            if not is_late and len(self._steps) < _MOST_KEPT:
                 self._steps.append(step)
+        if is_late:
+            self._end(step, None)
 
     def _hand_over(self, start: _Span) -> None:
         """Make the span of a start, and those of its steps below it."""

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -148,6 +149,7 @@ class PerformanceMonitor:
 
         Until `unwatch`, or until the model is released. Costs the other calls a fraction of a
         microsecond. On a GPU the time between two events of its stream is taken, and nobody waits.
+        Does nothing where `PRECAST_DISABLE` is set.
 
         Args:
             model: As `precast.compile` returned it.
@@ -161,6 +163,8 @@ class PerformanceMonitor:
             raise ConfigError("every", every, "at least 1", "every=1 times each call")
         self._follow_fork()
         dispatcher = _dispatcher_of(model)
+        if dispatcher is None:
+            return
         if dispatcher.watcher is not None and dispatcher.watcher.monitor is not self:
             raise ConfigError(
                 "model", type(model).__name__, "watched once", "unwatch it where it is watched"
@@ -168,12 +172,16 @@ class PerformanceMonitor:
         name = dispatcher.compiled.session.name if name is None else name
         with self._lock:
             calls = self._calls.setdefault(name, _Calls(self._clock))
-        dispatcher.watch(CallWatcher(self, calls, every, self._clock))
+        watcher = CallWatcher(self, dispatcher.compiled, calls, every, self._clock)
+        dispatcher.watch(watcher)
+        calls.add(watcher)
 
     def unwatch(self, model: Any) -> None:
         """Time no more calls of a model; what was seen stays."""
         dispatcher = _dispatcher_of(model)
-        if dispatcher.watcher is not None and dispatcher.watcher.monitor is self:
+        if dispatcher is None or dispatcher.watcher is None:
+            return
+        if dispatcher.watcher.monitor is self:
             dispatcher.watch(None)
 
 
@@ -183,12 +191,14 @@ class CallWatcher:
     def __init__(
         self,
         monitor: PerformanceMonitor,
+        compiled: Any,
         calls: _Calls,
         every: int,
         clock: Callable[[], float],
     ) -> None:
         self.monitor = monitor
         self.every = every
+        self._compiled = weakref.ref(compiled)
         self._calls = calls
         self._clock = clock
         self._pending: deque[tuple[Any, Any]] = deque(maxlen=_MOST_PENDING)
@@ -201,7 +211,6 @@ class CallWatcher:
         self.num_calls = 0
         self.numbers: Iterator[int] = count(1)  # Whose next is one step: exact in all threads.
         self.marks: deque[tuple[int, float]] = deque([(0, self._clock())], maxlen=_MOST_MARKS)
-        self._calls.add(self)
 
     def follow_fork(self) -> bool:
         """Begin anew in a process that was forked from the one that watched; return whether so."""
@@ -209,7 +218,15 @@ class CallWatcher:
             return False
         self._pending.clear()
         self._begin()
+        self._calls.add(self)
         return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it watches no more, and all that it timed was taken in."""
+        compiled = self._compiled()
+        is_watching = compiled is not None and compiled.dispatcher.watcher is self
+        return not is_watching and not self._pending
 
     def run(
         self,
@@ -222,13 +239,13 @@ class CallWatcher:
         if self.follow_fork():
             self.num_calls = next(self.numbers)  # This call is the first.
         self.marks.append((self.num_calls, self._clock()))
-        loaded = dispatcher.loaded
+        state = _state_of(dispatcher)
         torch, device = _device_of(dispatcher.owner, args, kwargs)
         if device is None:
             started = self._clock()
             result = serve(dispatcher, *args, **kwargs)
             seconds = self._clock() - started
-            if dispatcher.loaded is loaded:
+            if _state_of(dispatcher) == state:
                 self._calls.note(seconds, is_on_device=False)
             return result
         self.drain()
@@ -237,7 +254,7 @@ class CallWatcher:
         started.record(stream)
         result = serve(dispatcher, *args, **kwargs)
         ended.record(stream)
-        if dispatcher.loaded is loaded:
+        if _state_of(dispatcher) == state:
             self._pending.append((started, ended))
         return result
 
@@ -266,13 +283,26 @@ class _Calls:
         self._lock = threading.Lock()
         self._seconds = Distribution(CALL_S)
         self._watchers: list[CallWatcher] = []
+        self._num_past = 0  # Calls that watchers of before saw.
         self._is_on_device = False
 
     def add(self, watcher: CallWatcher) -> None:
         self._follow_fork()
+        self._drain()
         with self._lock:
             if watcher not in self._watchers:
                 self._watchers.append(watcher)
+
+    def _drain(self) -> None:
+        """Take in what has ended, and let watchers go that are done."""
+        with self._lock:
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.drain()
+        with self._lock:
+            for watcher in [known for known in self._watchers if known.is_over]:
+                self._watchers.remove(watcher)
+                self._num_past += watcher.num_calls
 
     def note(self, seconds: float, *, is_on_device: bool) -> None:
         with self._lock:
@@ -281,15 +311,12 @@ class _Calls:
 
     def snapshot(self) -> dict[str, Any]:
         self._follow_fork()
-        with self._lock:
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher.drain()
+        self._drain()
         now = self._clock()
         with self._lock:
             return {
-                "num_calls": sum(watcher.num_calls for watcher in watchers),
-                "calls_per_s": sum(_rate(watcher, now) for watcher in watchers),
+                "num_calls": self._num_past + sum(each.num_calls for each in self._watchers),
+                "calls_per_s": sum(_rate(each, now) for each in self._watchers),
                 "is_on_device": self._is_on_device,
                 **self._seconds.snapshot(),
             }
@@ -302,13 +329,24 @@ class _Calls:
                 watcher.follow_fork()
 
 
+def _state_of(dispatcher: Any) -> tuple[Any, int]:
+    """Return what differs after a call that loaded or compiled something.
+
+    Where a model runs in blocks, or traced by Dynamo, only events tell. When it is compiled behind,
+    events come from there, and calls start nothing.
+    """
+    session = dispatcher.compiled.session
+    is_behind = session.config.mode == "progressive"
+    return dispatcher.loaded, 0 if is_behind else session.recorder.num_events
+
+
 def _rate(watcher: CallWatcher, now: float) -> float:
     number, then = watcher.marks[0]
     return (watcher.num_calls - number) / (now - then) if now > then else 0.0
 
 
 def _dispatcher_of(model: Any) -> Any:
-    """Return what serves a model's calls.
+    """Return what serves a model's calls; None where Precast is switched off.
 
     Raises:
         ConfigError: Precast does not.
@@ -316,6 +354,10 @@ def _dispatcher_of(model: Any) -> Any:
     compiled = getattr(model, "__precast__", None)  # Of a function.
     found = getattr(model, "_compiled_call_impl", None) if compiled is None else compiled.dispatcher
     if not hasattr(found, "watch"):
+        from precast.config import read_config
+
+        if read_config().is_disabled:
+            return None
         raise ConfigError(
             "model", type(model).__name__, "one that Precast serves", "call precast.compile(model)"
         )

@@ -50,13 +50,13 @@ class Recorder:
         self._first: list[tuple[float, Event]] = []
         self._last: deque[tuple[float, Event]] = deque(maxlen=MOST_EVENTS)
         self._counter = itertools.count()
-        self._num_events = 0
+        self.num_events = 0
         self._memory: list[tuple[float, int | None]] = [(0.0, resident_bytes())]
 
     def __call__(self, event: Event) -> None:
         """Keep one event."""
         entry = (self._clock() - self._opened, event)
-        self._num_events = next(self._counter) + 1
+        self.num_events = next(self._counter) + 1
         # Appending is one step; that two threads both take the last place does no harm.
         (self._first if len(self._first) < MOST_EVENTS else self._last).append(entry)
         if type(event) is ModelReady and len(self._memory) < _MOST_SAMPLES:
@@ -73,7 +73,7 @@ class Recorder:
     @property
     def num_dropped(self) -> int:
         """How many events happened between the first and the last ones that are kept."""
-        return max(0, self._num_events - len(self._first) - len(self._last))
+        return max(0, self.num_events - len(self._first) - len(self._last))
 
     def memory(self) -> list[tuple[float, int | None]]:
         """Return this process's bytes in memory: at the beginning, and whenever it was ready."""

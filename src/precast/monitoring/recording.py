@@ -6,6 +6,7 @@ page believes nothing. How a model looks is told by `portrait.py`, which knows m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -209,6 +210,7 @@ class RecordingWriter:
             ):
                 self._pen.write_soon()
             case events.ModelReleased():
+                self._at_end.detach()  # It is written for good, and its file the user's.
                 self._pen.finish()
             case _:
                 pass
@@ -228,10 +230,15 @@ class _Pen:
         self._recorder = recorder
         self._tell = tell
         self._model: Mapping[str, Any] | None = None
-        self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
-        self._pid = os.getpid()
         self._is_broken = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        # Of two that write, the later one has the last word. The collector may end in here again.
+        self._writing = threading.RLock()
+        self._timer: threading.Timer | None = None
 
     def write_soon(self) -> None:
         """Write in a moment, once for all that happens until then."""
@@ -253,9 +260,7 @@ class _Pen:
 
     def _follow_fork(self) -> None:
         if os.getpid() != self._pid:
-            self._pid = os.getpid()
-            self._lock = threading.Lock()
-            self._timer = None
+            self._begin()
 
     def look(self) -> None:
         """Keep how the model is now; once it is released there is nothing to be seen."""
@@ -267,15 +272,16 @@ class _Pen:
     def _write(self) -> None:
         with self._lock:
             self._timer = None
-        self.look()
-        if self._is_broken:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = self._folder / f"{self._stem}-{os.getpid()}-{self._end}"
-            write_recording(path, recording_of(self._recorder, self._model))
-        except Exception as error:  # noqa: BLE001 - as above.
-            self._give_up(error)
+        with self._writing:
+            self.look()
+            if self._is_broken:
+                return
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                path = self._folder / f"{self._stem}-{os.getpid()}-{self._end}"
+                write_recording(path, recording_of(self._recorder, self._model))
+            except Exception as error:  # noqa: BLE001 - as above.
+                self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         if not self._is_broken:
@@ -289,10 +295,13 @@ def newest_of(folder: str | os.PathLike[str]) -> Path:
     Raises:
         RecordingError: There is none.
     """
-    found = sorted(Path(folder).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found: list[tuple[float, Path]] = []
+    for path in Path(folder).glob("*.json"):
+        with contextlib.suppress(OSError):  # Removed a moment ago, or a link to nowhere.
+            found.append((path.stat().st_mtime, path))
     if not found:
         raise RecordingError(os.fspath(folder), "the folder holds no recordings")
-    return found[-1]
+    return max(found)[1]
 
 
 def torch_version() -> str | None:

@@ -100,8 +100,8 @@ class _Tally:
         self._is_broken = False
 
     def count(self, event: Event) -> None:
+        self._forget_parents_counts()
         with self._lock:
-            self._forget_parents_counts()
             self._fold(event)
 
     def _fold(self, event: Event) -> None:
@@ -164,6 +164,7 @@ class _Tally:
         """In a fork, begin anew: what was counted before it is the parent's to write."""
         if os.getpid() != self._pid:
             self._pid = os.getpid()
+            self._lock = threading.Lock()  # A thread that is not here may hold the other.
             self._counts, self._misses = {}, []
 
     def write_if_due(self) -> None:
@@ -172,8 +173,8 @@ class _Tally:
 
     def write(self) -> None:
         """Append what was counted since the last time, if anything was."""
+        self._forget_parents_counts()
         with self._lock:
-            self._forget_parents_counts()
             self._written_at = self._clock()
             counts, misses = self._counts, self._misses
             self._counts, self._misses = {}, []

@@ -232,6 +232,13 @@ def test_a_hung_compile_is_gone_two_seconds_after_its_time(tmp_path: Path) -> No
     assert took < 3 + 2 + 4
 
 
+def test_a_limit_beyond_what_an_alarm_takes_is_no_limit(tmp_path: Path) -> None:
+    """`max_compile_time` says: give a large number to wait without a limit in practice."""
+    with CompileService(1, timeout_s=1e12, environment=COLD) as service:
+        following = job(tmp_path, "eager").replace(verify=False)
+        assert service.submit(following).result().compiler == "eager"
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from precast.cli.child import run_trial
 
 Run = Callable[..., str]
 
@@ -21,11 +27,12 @@ WARM = {
     "model": "app:make", "calls": [ROW, {**ROW, "num_kinds": 0}], "seconds": 5.0, "num_kinds": 1,
     "num_compiled": 2, "num_from_cache": 1, "seconds_saved": 0.0, "is_warm": False,
     "reasons": [REASON], "has_failures": True, "keys": [], "cache_dir": "/cache", "bundle": None,
+    "report": None,
 }  # fmt: skip
 CHECK = {
     "model": "app:make", "calls": [ROW], "num_different": 0, "max_rel_error": 1e-7,
     "graph_breaks": [], "places": {"compiled": 33, "eager": 0}, "reasons": [],
-    "has_failures": False,
+    "has_failures": False, "report": None,
 }  # fmt: skip
 
 
@@ -97,3 +104,25 @@ def test_a_measurement_says_how_noisy_it_was(monkeypatch: pytest.MonkeyPatch, ru
     assert "write compile, or eager" in " ".join(
         run("bench", "call", "app:make", "--against", "vllm", code=2).replace("│", " ").split()
     )
+
+
+def test_a_command_does_not_wait_for_what_the_models_code_left_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process that a factory forked holds the channel of answers open."""
+    program = tmp_path / "trial"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys, time\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    time.sleep(60)\n"
+        f"    open({str(tmp_path / 'ended')!r}, 'w').close()\n"
+        "    os._exit(0)\n"
+        'os.write(int(sys.argv[3]), b\'{"result": {"pid": %d}}\\n\' % pid)\n'
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr("precast.cli.child.sys.executable", str(program))
+    (result,) = run_trial({"model": "app:make"})
+    assert not (tmp_path / "ended").exists()
+    os.kill(result["pid"], signal.SIGKILL)

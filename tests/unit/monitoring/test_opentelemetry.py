@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_a_second_look_stands_for_itself() -> None:
     setup.at(60, events.AssemblyRevalidated("Model", "k", True, 4.0))
     span = setup.spans()["precast.revalidate"]
     assert (span.start_time / S, span.end_time / S, span.parent) == (56, 60, None)
+
+
+def test_what_is_published_after_a_start_is_no_part_of_the_next() -> None:
+    """Shared tiers are written behind: an hour later, a start must not seem to have begun then."""
+    setup = Setup()
+    setup.at(10, ready(2.0))
+    setup.at(12, events.ArtifactPublished("k", "redis", 100, 1.0))
+    publish = setup.spans()["precast.publish"]
+    assert (publish.start_time / S, publish.end_time / S, publish.parent) == (11, 12, None)
+    setup.exporter.clear()
+    setup.at(3600, ready(1.0, warm=True))
+    assert setup.spans()["precast.start"].start_time / S == 3599
+
+
+def test_a_forked_process_begins_anew() -> None:
+    setup = Setup()
+    setup.at(10, events.CacheHit("k", "disk", 1.0, 100))
+    pid = os.fork()
+    if pid == 0:
+        setup.at(20, ready(2.0))
+        os._exit(len(setup.spans()))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    setup.at(20, ready(2.0))
+    assert len(setup.spans()) == 2
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+import precast
 from precast import events
+from precast.config import CompilationConfig
 from precast.errors import ConfigError
 from precast.events import CacheMiss, PieceCompiled, PieceLoaded, PieceTimed
 from precast.monitoring.performance import PerformanceMonitor
+from precast.monitoring.recorder import Recorder
 from precast.runtime.dispatch import Dispatcher, WatchedDispatcher
 
 READY = events.ModelReady("Model", 1.5, 2, 2, 2, 0, 0, 3.0, warm=False)
@@ -62,15 +67,21 @@ class Model(nn.Module):
 class Session:
     name = "Model"
 
+    def __init__(self) -> None:
+        self.config = CompilationConfig()
+        self.recorder = Recorder()
+
 
 class Compiled:
-    session = Session()
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.session = Session()
 
 
 def served(model: nn.Module, serve: Callable[[], Any] = lambda: "served") -> Dispatcher:
     """Have a dispatcher serve a model's calls, as `precast.compile` does."""
     dispatcher = Dispatcher(model, lambda *_: None, lambda _args, _kwargs: serve(), lambda *_: None)
-    dispatcher.compiled = Compiled()
+    dispatcher.compiled = Compiled(dispatcher)
     model._compiled_call_impl = dispatcher
     return dispatcher
 
@@ -142,6 +153,64 @@ def test_a_call_that_starts_or_fails_is_no_latency() -> None:
         model(torch.ones(1))
     assert monitor.calls()["Model"]["num_calls"] == 2  # Of both watches of that name.
     assert monitor.calls()["Model"]["count"] == 0
+
+
+def test_a_start_that_loads_nothing_here_is_no_latency() -> None:
+    """A model that cannot be captured whole is compiled in blocks, each served by itself."""
+    monitor, model = PerformanceMonitor(), Model()
+    told: list[events.Event] = []
+
+    def serve() -> None:
+        for event in told:
+            dispatcher.compiled.session.recorder(event)
+
+    dispatcher = served(model, serve)
+    monitor.watch(model, every=1)
+    model(torch.ones(1))
+    told.append(READY)
+    model(torch.ones(1))
+    assert monitor.calls()["Model"]["num_calls"] == 2
+    assert monitor.calls()["Model"]["count"] == 1
+
+
+def test_models_that_come_and_go_leave_nothing_behind() -> None:
+    monitor = PerformanceMonitor()
+    settings: dict[str, Any] = {"disable_compile_cache": True, "compiler": "eager"}
+    kept = Model()
+    watchers = []
+    for number in range(6):
+        model = precast.compile(kept if number % 2 else Model(), **settings)
+        monitor.watch(model, every=1)
+        watchers.append(weakref.ref(model._compiled_call_impl.watcher))
+        with torch.inference_mode():
+            model(torch.ones(1))
+        if number % 2:
+            precast.release(model)  # The others are just forgotten.
+        del model
+    gc.collect()
+    assert monitor.calls()["Model"]["num_calls"] == 6
+    assert [watcher() for watcher in watchers] == [None] * 6
+
+
+def test_a_function_that_was_released_is_watched_no_more() -> None:
+    monitor = PerformanceMonitor()
+
+    @precast.compile(disable_compile_cache=True, compiler="eager")
+    def add_one(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    monitor.watch(add_one, every=1, name="add_one")
+    precast.release(add_one)
+    add_one(torch.ones(1))
+    assert monitor.calls()["add_one"]["num_calls"] == 0
+
+
+def test_where_precast_is_switched_off_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAST_DISABLE", "1")
+    monitor, model = PerformanceMonitor(), precast.compile(Model())
+    monitor.watch(model)
+    monitor.unwatch(model)
+    assert monitor.calls() == {}
 
 
 def test_only_what_precast_serves_is_watched_and_by_one_monitor() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,6 +198,49 @@ def test_a_writer_does_not_wait_for_the_end(tmp_path: Path, event: events.Event)
         time.sleep(0.02)
     (found,) = read_recording(newest_of(tmp_path))["events"]
     assert found["event"] == type(event).__name__
+
+
+def test_the_later_of_two_that_write_has_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer may be on its way to the disk with what it knew when the model is released."""
+    recorder = Recorder()
+    writer = RecordingWriter(tmp_path, "m", recorder, lambda _, error: pytest.fail(str(error)))
+    is_writing, is_released = threading.Event(), threading.Event()
+
+    def write_slowly(path: Path, recording: dict[str, Any]) -> None:
+        if not is_writing.is_set():
+            is_writing.set()
+            is_released.wait(1)
+        write_recording(path, recording)
+
+    monkeypatch.setattr("precast.monitoring.recording.write_recording", write_slowly)
+    timer = threading.Thread(target=writer._pen._write)
+    timer.start()
+    is_writing.wait()
+    recorder(events.ModelReleased("m"))
+    writer(events.ModelReleased("m"))
+    is_released.set()
+    timer.join()
+    (found,) = read_recording(newest_of(tmp_path))["events"]
+    assert found["event"] == "ModelReleased"
+
+
+def test_a_recording_of_a_released_model_is_the_users_to_remove(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path, "m", Recorder(), lambda _, error: pytest.fail(str(error)))
+    writer(events.ModelReleased("m"))
+    newest_of(tmp_path).unlink()
+    del writer
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_recording_is_found_beside_what_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RecordingError, match="holds no recordings"):
+        newest_of(tmp_path)
+    Recorder().save(tmp_path / "here.json")
+    assert newest_of(tmp_path).name == "here.json"
 
 
 def test_a_writer_that_cannot_write_says_so_once_and_stops_nothing(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _digest(text: str) -> str:
 
 
 def _header(story: Story, contents: Sequence[tuple[str, str]]) -> Markup:
-    opened = number(story.recording.get("opened_at"))
+    opened = max(0.0, number(story.recording.get("opened_at")))
     moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(opened, 32_503_680_000)))
     torch = word(story.model.get("torch"))
     facts = [

@@ -141,6 +141,11 @@ def test_a_recording_of_events_alone_has_a_page() -> None:
     assert "Decoder" in page
 
 
+@pytest.mark.parametrize("opened_at", [-1e17, -1, 1e17, 10**30, float("nan"), "never"])
+def test_a_moment_that_no_calendar_has_is_no_obstacle(opened_at: Any) -> None:
+    assert "<main" in render({**recording(), "opened_at": opened_at})
+
+
 def test_markup_escapes_what_is_no_markup() -> None:
     assert element("a", "<b>", Markup("<i/>"), None, ["x", 3], href='"', class_=None) == (
         '<a href="&quot;">&lt;b&gt;<i/>x3</a>'
