@@ -52,11 +52,11 @@ if TYPE_CHECKING:
     from precast.graph.piece import Piece
 
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
-_SEND = "define the pass at the top of a module that can be imported, with plain attributes"
-_REMEDY = "nothing to do for a right result; report it if you expected speed"
+_SEND = "Define the pass at the top of a module that can be imported, with plain attributes"
+_REMEDY = "Nothing to do for a right result; report it if you expected speed"
 
 _CLOSED = Reason(
-    "compile-failed", "compiling was called off; the piece runs eager", "nothing to do"
+    "compile-failed", "compiling was called off; the piece runs eager", "Nothing to do"
 )
 
 # Between two looks at what another process compiles: growing, so that few seconds are lost on
@@ -357,7 +357,7 @@ class CompilerManager:
             reason = Reason(
                 "cache-disabled" if self._config.disable_compile_cache else "not-recorded",
                 'mode="cache_only" found no artifact; the piece runs eager',
-                'fill the cache with mode="blocking" first',
+                'Fill the cache with mode="blocking" first',
             )
             for i in missing:
                 results[i] = self._eager(pieces[i], reason)
@@ -754,7 +754,7 @@ class CompilerManager:
         reason = Reason(
             "not-worth-it",
             f"compiled by {result.compiler} it takes {slower}; the piece runs eager",
-            "nothing to do; keep_slower=True runs it all the same",
+            "Nothing to do; keep_slower=True runs it all the same",
         )
         eager = self._eager(piece, reason)
         eager.record["timing"] = eager.timing = result.timing  # type: ignore[index]
@@ -1069,7 +1069,11 @@ def pending_result(piece: Piece) -> PieceResult:
         key="",
         compiler="eager",
         record=None,
-        reason=Reason("compile-pending", "it is being compiled; it runs eager until then", ""),
+        reason=Reason(
+            "compile-pending",
+            "it is being compiled; it runs eager until then",
+            "Nothing to do; precast.wait(model) waits for it",
+        ),
     )
 
 
