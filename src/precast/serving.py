@@ -271,7 +271,7 @@ class CompiledModel:
                     "not-recorded",
                     'mode="cache_only" found nothing for this call; it runs eager'
                     + "".join(f"; refused: {reason.message}" for reason in refused[:1]),
-                    refused[0].remedy if refused else 'fill the cache with mode="blocking" first',
+                    refused[0].remedy if refused else 'Fill the cache with mode="blocking" first',
                 ),
             )
             return None

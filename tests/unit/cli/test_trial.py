@@ -21,11 +21,12 @@ WARM = {
     "model": "app:make", "calls": [ROW, {**ROW, "num_kinds": 0}], "seconds": 5.0, "num_kinds": 1,
     "num_compiled": 2, "num_from_cache": 1, "seconds_saved": 0.0, "is_warm": False,
     "reasons": [REASON], "has_failures": True, "keys": [], "cache_dir": "/cache", "bundle": None,
+    "report": None, "tier_failures": [],
 }  # fmt: skip
 CHECK = {
     "model": "app:make", "calls": [ROW], "num_different": 0, "max_rel_error": 1e-7,
     "graph_breaks": [], "places": {"compiled": 33, "eager": 0}, "reasons": [],
-    "has_failures": False,
+    "has_failures": False, "report": None,
 }  # fmt: skip
 
 
