@@ -135,6 +135,23 @@ def test_a_push_needs_a_shared_tier_before_anything_is_done(precast: Precast) ->
 
 
 @pytest.mark.parametrize(
+    ("option", "file", "said"),
+    [
+        ("--report", "page.pdf", "has to end in .html or .json"),
+        ("--report", ".", "is a folder"),
+        ("--bundle", "nowhere/model.bundle", "there is no folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_done(
+    precast: Precast, tmp_path: Path, option: str, file: str, said: str
+) -> None:
+    command = ("warm", "system.trial_models:make", "--shapes", "2x8", option, tmp_path / file)
+    done = precast(*command, code=2, COLUMNS="400")
+    assert said in done.stderr
+    assert "the factory prints" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (("system.trial_modles:make",), 2, "Did you mean 'system.trial_models'?"),

@@ -7,12 +7,14 @@ from typing import Any
 import typer
 
 from precast.cli.child import (
+    REPORT_ENDINGS,
     DeviceOption,
     DtypeOption,
     ModelArgument,
     ReportOption,
     ShapesOption,
     model_job,
+    output_file,
     run_trial,
     show_reasons,
 )
@@ -39,7 +41,7 @@ def check(
     result: dict[str, Any] = {}
     job = model_job(
         "check", model, shapes, dtype, device, cache_dir,
-        report=None if report is None else str(report.absolute()),
+        report=output_file(report, "--report", REPORT_ENDINGS),
     )  # fmt: skip
     for row in run_trial(job):
         result = row

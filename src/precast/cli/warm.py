@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from precast.cli.child import (
+    REPORT_ENDINGS,
     DeviceOption,
     DtypeOption,
     ModelArgument,
     ReportOption,
     ShapesOption,
     model_job,
+    output_file,
     run_trial,
     show_reasons,
 )
@@ -72,8 +74,8 @@ def warm(
         )
     job = model_job(
         "warm", model, shapes, dtype, device, cache_dir,
-        generate=generate, bundle=None if bundle is None else str(bundle.absolute()),
-        report=None if report is None else str(report.absolute()),
+        generate=generate, bundle=output_file(bundle, "--bundle"),
+        report=output_file(report, "--report", REPORT_ENDINGS),
     )  # fmt: skip
     result: dict[str, Any] = {}
     num_kinds = 0
