@@ -84,7 +84,9 @@ def verdict(result: dict[str, Any]) -> str:
         same = f"{result['model']} computes the same as eager in {calls} ({how_far})"
     if result["graph_breaks"]:
         breaks = as_count(len(result["graph_breaks"]), "graph break")
-        how = f"has {breaks}: it is compiled in parts, or not at all"
+        parts = places["compiled"]
+        runs = f"{as_count(parts, 'piece')} run{'s' if parts == 1 else ''} compiled, the rest eager"
+        how = f"has {breaks}: {runs if parts else 'all of it runs eager'}"
     elif not num_places:
         how = "is not compiled"
     elif places["eager"] and result["reasons"]:
