@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
 _SEND = "Define the pass at the top of a module that can be imported, with plain attributes"
 _REMEDY = "Nothing to do for a right result; report it if you expected speed"
+_NO_CXX = (
+    "Install a C++ compiler (g++), or name one in the variable CXX; `precast doctor` tries it out"
+)
 
 _CLOSED = Reason(
     "compile-failed", "compiling was called off; the piece runs eager", "Nothing to do"
@@ -663,7 +666,9 @@ class CompilerManager:
             is_killed = getattr(error, "signal", None) == signal.SIGKILL
             return self._too_large(piece, name, error.reason, work, max_parts, is_killed=is_killed)
         for failure in done.failures:
-            reason = Reason(failure.code, f"{failure.compiler}: {failure.message}", _REMEDY)
+            reason = Reason(
+                failure.code, f"{failure.compiler}: {failure.message}", _remedy(failure.message)
+            )
             if failure.code == "verify-mismatch":
                 self._emit(VerifyMismatched(name, "", reason))
             elif done.compiler is not None:
@@ -675,7 +680,9 @@ class CompilerManager:
             )
             if last.compiler == "worker" and last.code == "pass-failed":
                 return self._compile_unsent(piece, name, last.message)
-            reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
+            reason = Reason(
+                last.code, f"{last.message}; the piece runs eager", _remedy(last.message)
+            )
             codes = [failure.code for failure in done.failures]
             return self._too_large(piece, name, reason, work, max_parts, codes)
         if not leases.still_holds(work):
@@ -1018,6 +1025,11 @@ class CompilerManager:
         if any(is_unsigned(record) for record in payload["pieces"]):
             payload = {**payload, "unsigned": True}  # Nobody vouches for the whole either.
         self._storage.publish(key, payload, {})
+
+
+def _remedy(message: str) -> str:
+    """Return what to do about a compiler's failure: torch has a name for the most usual one."""
+    return _NO_CXX if "InvalidCxxCompiler" in message else _REMEDY
 
 
 def _pickle_reason(compiler: str) -> Reason:

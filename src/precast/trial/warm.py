@@ -40,12 +40,12 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
     loaded = load_model(job["model"], job["dtype"], job["device"])
     calls = make_calls(loaded, [from_json(specs) for specs in job["shapes"]])
     events: list[Event] = []
-    tier_failures: dict[tuple[str, str], dict[str, Any]] = {}
+    tier_failures: dict[str, dict[str, Any]] = {}  # The first of each tier.
 
     def listen(event: Event) -> None:
         events.append(event)
         if isinstance(event, TierFailed):
-            tier_failures.setdefault((event.tier, event.reason.message), event.reason.as_dict())
+            tier_failures.setdefault(event.tier, event.reason.as_dict())
 
     served = compile_model(loaded, job["cache_dir"], listen)
     if precast.status(served)["settings"]["disable_compile_cache"]["value"]:
