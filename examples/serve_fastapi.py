@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import nn
 
 import precast
@@ -44,7 +44,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 class Features(BaseModel):
-    features: list[float]
+    features: list[float] = Field(min_length=4, max_length=4)  # Others are refused with 422.
 
 
 @app.post("/classify")

@@ -61,6 +61,7 @@ ERRORS: list[PrecastError] = [
     errors.BundleUntrustedError("a.bundle", "it is not signed"),
     errors.UnsafeStoreError("disk", "read blob", "it belongs to user 7", "chown it"),
     errors.RecordingError("start.json", "it is no recording"),
+    errors.RecordingUnwritableError("start.json", "No such file or directory"),
     errors.StoreError("disk", "write", "No space left on device"),
     errors.TierSkippedError("redis", "read manifest"),
 ]

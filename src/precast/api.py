@@ -83,7 +83,7 @@ def compile(
             "model",
             f"a {type(model).__name__}",
             "an nn.Module or a plain function",
-            "wrap it: precast.compile(lambda *args: thing(*args))",
+            "Wrap it: precast.compile(lambda *args: thing(*args))",
         )
     session = open_session(function.__qualname__, config, settings, listeners)
     if session.is_disabled:
@@ -145,7 +145,7 @@ def status(model: Any) -> dict[str, Any]:
     compiled = _compiled_of(model)
     if compiled is None:
         reason = Reason(
-            "disabled", "Precast does not serve this model", "call precast.compile(model) first"
+            "disabled", "Precast does not serve this model", "Call precast.compile(model) first"
         )
         return {"model": type(model).__name__, "assemblies": [], "reasons": [reason.as_dict()]}
     return describe(compiled)

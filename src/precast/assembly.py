@@ -195,13 +195,13 @@ class LoadedAssembly:
             return Reason(
                 "stale-assembly",
                 f"a weight cannot be packed: {problem}; the model is captured again",
-                "nothing to do: the new capture replaces this one",
+                "Nothing to do: the new capture replaces this one",
             )
         except LookupError as error:
             return Reason(
                 "stale-assembly",
                 f"{error} is not there; the model is captured again",
-                "nothing to do: the new capture replaces this one",
+                "Nothing to do: the new capture replaces this one",
             )
 
     def bound_as(self, other: LoadedAssembly, function: types.FunctionType) -> Bound | None:

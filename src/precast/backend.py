@@ -275,7 +275,7 @@ def cut_and_write(
                     Reason(
                         "op-unsupported",
                         f"{problem}; it runs eager between the pieces",
-                        "nothing to do for a right result",
+                        "Nothing to do for a right result",
                     ),
                 )
             )

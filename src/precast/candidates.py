@@ -84,7 +84,7 @@ class Candidates:
                 Reason(
                     code,
                     f"{problem}; the model is captured again",
-                    "nothing to do: a new assembly takes its place",
+                    "Nothing to do: a new assembly takes its place",
                 ),
             )
         )

@@ -435,7 +435,7 @@ def bind(
         return Reason(
             "stale-assembly",
             f"{mismatch}; the model is captured again",
-            "nothing to do: the new capture replaces this one",
+            "Nothing to do: the new capture replaces this one",
         )
 
 

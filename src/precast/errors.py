@@ -347,6 +347,17 @@ class RecordingError(PrecastError):
         self.summary = f"recording {path} cannot be used: {problem}"
 
 
+class RecordingUnwritableError(RecordingError):
+    """A recording or a report cannot be written to `path`."""
+
+    outcome = "nothing was written"
+    remedy = "Name a folder that is there and may be written"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.summary = f"{path} cannot be written: {problem}"
+
+
 class StoreError(PrecastError):
     """A cache tier could not do its work. A cache must never stop a model."""
 

@@ -52,11 +52,14 @@ if TYPE_CHECKING:
     from precast.graph.piece import Piece
 
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
-_SEND = "define the pass at the top of a module that can be imported, with plain attributes"
-_REMEDY = "nothing to do for a right result; report it if you expected speed"
+_SEND = "Define the pass at the top of a module that can be imported, with plain attributes"
+_REMEDY = "Nothing to do for a right result; report it if you expected speed"
+_NO_CXX = (
+    "Install a C++ compiler (g++), or name one in the variable CXX; `precast doctor` tries it out"
+)
 
 _CLOSED = Reason(
-    "compile-failed", "compiling was called off; the piece runs eager", "nothing to do"
+    "compile-failed", "compiling was called off; the piece runs eager", "Nothing to do"
 )
 
 # Between two looks at what another process compiles: growing, so that few seconds are lost on
@@ -357,7 +360,7 @@ class CompilerManager:
             reason = Reason(
                 "cache-disabled" if self._config.disable_compile_cache else "not-recorded",
                 'mode="cache_only" found no artifact; the piece runs eager',
-                'fill the cache with mode="blocking" first',
+                'Fill the cache with mode="blocking" first',
             )
             for i in missing:
                 results[i] = self._eager(pieces[i], reason)
@@ -663,7 +666,9 @@ class CompilerManager:
             is_killed = getattr(error, "signal", None) == signal.SIGKILL
             return self._too_large(piece, name, error.reason, work, max_parts, is_killed=is_killed)
         for failure in done.failures:
-            reason = Reason(failure.code, f"{failure.compiler}: {failure.message}", _REMEDY)
+            reason = Reason(
+                failure.code, f"{failure.compiler}: {failure.message}", _remedy(failure.message)
+            )
             if failure.code == "verify-mismatch":
                 self._emit(VerifyMismatched(name, "", reason))
             elif done.compiler is not None:
@@ -675,7 +680,9 @@ class CompilerManager:
             )
             if last.compiler == "worker" and last.code == "pass-failed":
                 return self._compile_unsent(piece, name, last.message)
-            reason = Reason(last.code, f"{last.message}; the piece runs eager", _REMEDY)
+            reason = Reason(
+                last.code, f"{last.message}; the piece runs eager", _remedy(last.message)
+            )
             codes = [failure.code for failure in done.failures]
             return self._too_large(piece, name, reason, work, max_parts, codes)
         if not leases.still_holds(work):
@@ -754,7 +761,7 @@ class CompilerManager:
         reason = Reason(
             "not-worth-it",
             f"compiled by {result.compiler} it takes {slower}; the piece runs eager",
-            "nothing to do; keep_slower=True runs it all the same",
+            "Nothing to do; keep_slower=True runs it all the same",
         )
         eager = self._eager(piece, reason)
         eager.record["timing"] = eager.timing = result.timing  # type: ignore[index]
@@ -1020,6 +1027,11 @@ class CompilerManager:
         self._storage.publish(key, payload, {})
 
 
+def _remedy(message: str) -> str:
+    """Return what to do about a compiler's failure: torch has a name for the most usual one."""
+    return _NO_CXX if "InvalidCxxCompiler" in message else _REMEDY
+
+
 def _pickle_reason(compiler: str) -> Reason:
     return Reason(
         "untrusted",
@@ -1069,7 +1081,11 @@ def pending_result(piece: Piece) -> PieceResult:
         key="",
         compiler="eager",
         record=None,
-        reason=Reason("compile-pending", "it is being compiled; it runs eager until then", ""),
+        reason=Reason(
+            "compile-pending",
+            "it is being compiled; it runs eager until then",
+            "Nothing to do; precast.wait(model) waits for it",
+        ),
     )
 
 

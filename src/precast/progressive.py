@@ -224,7 +224,7 @@ def _why(error: Exception, name: str) -> PrecastError | Reason:
             "trace-on-start",
             f"{error}; it would be traced at each start, which progressive mode does not do "
             "beside calls: they run eager",
-            'keep such values out of what the model reads in forward, or use mode="blocking"',
+            'Keep such values out of what the model reads in forward, or use mode="blocking"',
         )
     return error if isinstance(error, PrecastError) else CaptureError(name, in_words(error))
 
@@ -301,7 +301,7 @@ def _capture_here(state: _State, gate: CallGate, request: Request, problem: str)
                         "capture-in-process",
                         f"{problem}; it was captured in this process, which held calls up for "
                         f"{held_up_s:.1f} s",
-                        "define the model in a module of its own, to have a child process do it",
+                        "Define the model in a module of its own, to have a child process do it",
                     )
                 )
 

@@ -225,7 +225,7 @@ class CompiledModel:
             Reason(
                 "grad-enabled",
                 "the call records gradients, which compiled code does not; it ran eager",
-                "call the model under torch.inference_mode() or torch.no_grad()",
+                "Call the model under torch.inference_mode() or torch.no_grad()",
             )
         )
         return True
@@ -271,7 +271,7 @@ class CompiledModel:
                     "not-recorded",
                     'mode="cache_only" found nothing for this call; it runs eager'
                     + "".join(f"; refused: {reason.message}" for reason in refused[:1]),
-                    refused[0].remedy if refused else 'fill the cache with mode="blocking" first',
+                    refused[0].remedy if refused else 'Fill the cache with mode="blocking" first',
                 ),
             )
             return None
@@ -324,7 +324,7 @@ class CompiledModel:
         reason = Reason(
             "recompile-limit",
             f"{most} compiled signatures are in use; this call runs eager",
-            "raise max_assemblies, or give dynamic_shapes so that one covers more calls",
+            "Raise max_assemblies, or give dynamic_shapes so that one covers more calls",
         )
         self._give_up(signature, reason)
         return True
@@ -407,7 +407,7 @@ class CompiledModel:
                 "verify-mismatch",
                 f"a call in service was checked: {problem}; the assembly was thrown away and the "
                 "model runs eager",
-                "report it, with the model; precast.release and compile again to go on",
+                "Report it, with the model; precast.release and compile again to go on",
             )
         )
 
@@ -424,7 +424,7 @@ class CompiledModel:
                 "stale-assembly",
                 "tracing the model again gave other pieces than the stored assembly has; "
                 "it was thrown away",
-                "report it: the contract should have noticed",
+                "Report it: the contract should have noticed",
             )
         )
 
@@ -491,7 +491,7 @@ class CompiledModel:
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
             self._note(
-                Reason("outside-contract", f"{problem}; this call ran eager", "nothing to do")
+                Reason("outside-contract", f"{problem}; this call ran eager", "Nothing to do")
             )
             self._gave_up[self._signature(args, kwargs)] = self.reasons[-1]
             return None
@@ -513,7 +513,9 @@ class CompiledModel:
     def _keep(self, loaded: LoadedAssembly, key: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
         if None in loaded.assembly.pieces:
-            self._note_unkept(key, Reason("compile-failed", "a piece cannot be kept", "nothing"))
+            self._note_unkept(
+                key, Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
+            )
         else:
             data = loaded.assembly.to_json()
             labels = {"model": self.session.name, "parts": self.session.key_parts(key)}
@@ -544,7 +546,7 @@ class CompiledModel:
         reason = Reason(
             "trace-on-start",
             f"{problem}; every start traces the model, pieces come from the cache",
-            "keep such values out of what the model reads in forward",
+            "Keep such values out of what the model reads in forward",
         )
         self._note(reason)
         self._note_unkept(key, reason)
@@ -659,7 +661,7 @@ class CompiledModel:
                 reason = Reason(
                     "outside-contract",
                     "what was compiled does not serve the call that asked for it, which runs eager",
-                    "nothing to do",
+                    "Nothing to do",
                 )
                 self._give_up(request.signature, reason)
         emit_start(self.session, loaded, seconds, results)
@@ -726,7 +728,7 @@ class CompiledModel:
             CallOutsideContract(
                 self.session.name,
                 Reason(
-                    "outside-contract", f"{problem}; this call is compiled anew", "nothing to do"
+                    "outside-contract", f"{problem}; this call is compiled anew", "Nothing to do"
                 ),
             )
         )
@@ -752,7 +754,7 @@ class CompiledModel:
                     "compile-crashed",
                     f"compiled code raised at {_MOST_FAILED_CALLS} calls that eager answered; such "
                     "calls run eager from now on",
-                    "please report it; precast.release and precast.compile try it again",
+                    "Please report it; precast.release and precast.compile try it again",
                 ),
             )
 
@@ -765,7 +767,7 @@ class CompiledModel:
             Reason(
                 "compile-crashed",
                 f"{raised} {error}; the call ran eager",
-                "if eager does not raise for this call, please report it",
+                "If eager does not raise for this call, please report it",
             )
         )
 

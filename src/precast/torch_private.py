@@ -324,14 +324,21 @@ def _as_inequality(expression: Any) -> Any:
 def _narrow(expression: Any, free: Sequence[Any], names: Mapping[Any, str], left: Any) -> None:
     """Cut `left` to where an inequality holds, if it bounds its symbols from above or below.
 
-    Decided by interval arithmetic over whole boxes of sizes: what is kept holds everywhere, however
-    the expression is built (32-bit indexing on a GPU asks for products of rounded sizes, say).
+    Where one of several is enough ("or"), the one that leaves most is taken. Decided by interval
+    arithmetic over whole boxes of sizes: what is kept holds everywhere, however the expression is
+    built (32-bit indexing on a GPU asks for products of rounded sizes, say).
     """
     import sympy
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
     problem = SizesSpecializedError(f"it holds only where {expression}")
+    if isinstance(expression, sympy.Or):
+        kept = [ranges for arm in expression.args if (ranges := _left_by(arm, names, left))]
+        if not kept:
+            raise problem
+        left.update(max(kept, key=_num_sizes))
+        return
     expression = _as_inequality(expression)
     if not free or not hasattr(expression, "lhs"):
         raise problem
@@ -372,6 +379,22 @@ def _narrow(expression: Any, free: Sequence[Any], names: Mapping[Any, str], left
         middle = (low + enough) // 2
         low, enough = (low, middle) if holds([middle], highs) else (middle + 1, enough)
     left[names[free[0]]][0] = low
+
+
+def _left_by(expression: Any, names: Mapping[Any, str], left: Any) -> Any:
+    """Return what of `left` an inequality leaves; None where that cannot be said."""
+    ranges = {name: list(bounds) for name, bounds in left.items()}
+    free = sorted(expression.free_symbols & names.keys(), key=str)
+    try:
+        _narrow(expression, free, names, ranges)
+    except SizesSpecializedError:
+        return None
+    return ranges
+
+
+def _num_sizes(ranges: Mapping[str, Sequence[int | None]]) -> int:
+    """Return how many sizes ranges have, together; of one without an end as many as can be."""
+    return sum((1 << 62 if high is None else high) - (low or 0) for low, high in ranges.values())
 
 
 def _capped(size: int, high: int | None) -> int:

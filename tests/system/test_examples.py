@@ -163,7 +163,9 @@ def test_a_server_answers_before_the_swap_and_the_same_after(environment: dict[s
             assert after["is_warm"] is is_warm
             assert after["reasons"] == []
             results += [eager, ask(client)]
-            assert client.post("/classify", json={"features": "no"}).status_code == 422
+            for wrong in ("no", [0.1]):
+                answer = client.post("/classify", json={"features": wrong})
+                assert answer.status_code == 422
     assert abs(sum(results[0]) - 1) < 1e-5
     for result in results[1:]:
         assert result == pytest.approx(results[0], abs=1e-5)

@@ -85,6 +85,19 @@ def test_a_call_that_stays_eager_is_a_failure_and_told(precast: Precast) -> None
     assert "What to do: Rewrite that line" in done.stdout
 
 
+def test_what_could_not_be_kept_is_a_failure_and_told(precast: Precast, tmp_path: Path) -> None:
+    """
+    A build step that fills no cache must not pass; the model itself ran.
+    """
+    (tmp_path / "file").write_text("")
+    command = ("warm", "system.trial_models:make", "--shapes", "2x8", "--allow-eager")
+    done = precast(*command, "--cache-dir", tmp_path / "file", code=1)
+    assert f"1 of 1 kind of call not kept in {tmp_path / 'file'}" in done.stdout
+    assert "tier-failed: tier 'disk' failed to " in done.stdout
+    assert "What to do: Check that the tier" in done.stdout
+    assert "It lies in" not in done.stdout
+
+
 def test_what_is_warmed_is_pushed_and_bundled(
     precast: Precast, redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -119,6 +132,23 @@ def test_a_push_needs_a_shared_tier_before_anything_is_done(precast: Precast) ->
     done = precast("warm", "system.trial_models:make", "--shapes", "2x8", "--push", code=2)
     assert "no shared tier to push to" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "said"),
+    [
+        ("--report", "page.pdf", "has to end in .html or .json"),
+        ("--report", ".", "is a folder"),
+        ("--bundle", "nowhere/model.bundle", "there is no folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_done(
+    precast: Precast, tmp_path: Path, option: str, file: str, said: str
+) -> None:
+    command = ("warm", "system.trial_models:make", "--shapes", "2x8", option, tmp_path / file)
+    done = precast(*command, code=2, COLUMNS="400")
+    assert said in done.stderr
+    assert "the factory prints" not in done.stderr
 
 
 @pytest.mark.parametrize(

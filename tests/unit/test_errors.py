@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from precast import errors
@@ -53,3 +56,16 @@ def test_a_reason_reads_as_sentences() -> None:
 def test_an_unknown_code_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown reason code 'nonsense'"):
         Reason("nonsense", "", "")
+
+
+def test_a_remedy_begins_like_a_sentence() -> None:
+    """It follows a full stop in the log, and "What to do:" elsewhere."""
+    remedies = [
+        (f"{path.name}:{call.lineno}", ast.unparse(call.args[2]).lstrip("f").strip("'\""))
+        for path in Path(errors.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Reason"
+        if len(call.args) > 2 and isinstance(call.args[2], ast.Constant | ast.JoinedStr)
+    ]
+    assert len(remedies) > 10
+    assert [remedy for remedy in remedies if not remedy[1][:1].isupper()] == []

@@ -414,6 +414,22 @@ def test_each_result_is_told_of_in_the_order_that_is_asked_for(tmp_path: Path) -
     assert [result.compiler for result in results] == ["planted", "planted"]
 
 
+def test_without_a_cxx_compiler_the_remedy_is_to_install_one(tmp_path: Path) -> None:
+    """
+    torch's name for it is the same in all versions that are supported.
+    """
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    message = f"InductorError: {InvalidCxxCompiler.__name__}: No working C++ compiler found"
+    answer = JobResult(
+        compiler=None, files={}, details={}, seconds=1.0, verify=None, worker_pid=1,
+        failures=(CompileFailure("planted", "compile-failed", message),),
+    )  # fmt: skip
+    [result] = Setup(tmp_path, Planted(), answer).manager.compile([TINY], ["tiny"])
+    assert result.reason is not None
+    assert result.reason.remedy.startswith("Install a C++ compiler")
+
+
 # -- failures are remembered
 
 

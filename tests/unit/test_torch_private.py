@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Min, Mod
 
 from precast.torch_private import SizesSpecializedError, _narrow, find_graph_breaks
 
@@ -32,6 +32,9 @@ def narrow(expression: Any, **left: list[int | None]) -> dict[str, list[int | No
         (sympy.Gt(S0, 5), [0, 64], [6, 64]),
         (sympy.Ge(S0, 5), [7, None], [7, None]),
         (sympy.Le(S0 * S0 + S0, 110), [0, None], [0, 10]),
+        # What a slice of BERT's table of token types asks for; the second arm bounds nothing.
+        (sympy.Or(sympy.Eq(S0, Min(512, S0)), sympy.Eq(Min(512, S0), 1)), [0, None], [0, 512]),
+        (sympy.Or(sympy.Le(S0, 4), sympy.Le(S0, 9), evaluate=False), [0, None], [0, 9]),
     ],
 )
 def test_one_size_is_bounded(
@@ -56,7 +59,15 @@ def test_products_of_rounded_sizes_keep_a_box_in_which_all_holds() -> None:
         assert bool(expression.subs(dict(zip((S0, S1), sizes, strict=True))))
 
 
-@pytest.mark.parametrize("expression", [sympy.Eq(Mod(S0, 4), 0), sympy.Ne(S0, 7), sympy.Le(S1, S0)])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        sympy.Eq(Mod(S0, 4), 0),
+        sympy.Ne(S0, 7),
+        sympy.Le(S1, S0),
+        sympy.Or(sympy.Eq(S0, 7), sympy.Eq(Mod(S0, 4), 0)),
+    ],
+)
 def test_what_is_no_range_is_refused(expression: Any) -> None:
     left: dict[str, list[int | None]] = {"a": [0, None], "b": [1, None]}
     with pytest.raises(SizesSpecializedError, match="holds only where"):

@@ -7,12 +7,14 @@ from typing import Any
 import typer
 
 from precast.cli.child import (
+    REPORT_ENDINGS,
     DeviceOption,
     DtypeOption,
     ModelArgument,
     ReportOption,
     ShapesOption,
     model_job,
+    output_file,
     run_trial,
     show_reasons,
 )
@@ -39,7 +41,7 @@ def check(
     result: dict[str, Any] = {}
     job = model_job(
         "check", model, shapes, dtype, device, cache_dir,
-        report=None if report is None else str(report.absolute()),
+        report=output_file(report, "--report", REPORT_ENDINGS),
     )  # fmt: skip
     for row in run_trial(job):
         result = row
@@ -82,7 +84,9 @@ def verdict(result: dict[str, Any]) -> str:
         same = f"{result['model']} computes the same as eager in {calls} ({how_far})"
     if result["graph_breaks"]:
         breaks = as_count(len(result["graph_breaks"]), "graph break")
-        how = f"has {breaks}: it is compiled in parts, or not at all"
+        parts = places["compiled"]
+        runs = f"{as_count(parts, 'piece')} run{'s' if parts == 1 else ''} compiled, the rest eager"
+        how = f"has {breaks}: {runs if parts else 'all of it runs eager'}"
     elif not num_places:
         how = "is not compiled"
     elif places["eager"] and result["reasons"]:

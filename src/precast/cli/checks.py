@@ -202,6 +202,14 @@ def check_folder(path: Path) -> Iterable[Finding]:
         yield finding("cache folder", "failed", message, "Change its rights, or set `cache_dir`")
         return
     try:
+        # Rights are not all: a full disk, or a file system where nothing can be made.
+        with tempfile.TemporaryDirectory(prefix="precast-doctor-", dir=place):
+            pass
+    except OSError as error:
+        message = f"nothing can be made in {place}: {error.strerror}"
+        yield finding("cache folder", "failed", message, "Set `cache_dir` to another folder")
+        return
+    try:
         DiskCache(path).read_manifest("doctor")  # Refuses what others could have written to.
     except StoreError as error:
         yield finding("cache folder", "failed", error.problem, error.remedy)

@@ -15,6 +15,9 @@ import typer
 from precast.cli.options import PROBLEMS, USAGE
 from precast.trial.shapes import parse_dtype, parse_shapes, to_json
 
+#: What `precast.save_report` writes.
+REPORT_ENDINGS = (".html", ".json")
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -76,6 +79,28 @@ def model_job(
         "cache_dir": None if cache_dir is None else str(cache_dir.absolute()),
         **more,
     }
+
+
+def output_file(path: Path | None, option: str, endings: tuple[str, ...] = ()) -> str | None:
+    """Return where a job shall write; what cannot work is refused before minutes of compiling.
+
+    Raises:
+        typer.BadParameter: It is a folder, has another ending, or lies where nothing can be made.
+    """
+    if path is None:
+        return None
+    folder = path.absolute().parent
+    if path.is_dir():
+        problem = f"{path} is a folder; name a file"
+    elif endings and path.suffix not in endings:
+        problem = f"{path} has to end in {' or '.join(endings)}"
+    elif not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"{folder} may not be written by this user"
+    else:
+        return str(path.absolute())
+    raise typer.BadParameter(problem, param_hint=option)
 
 
 def run_trial(job: Mapping[str, Any], **environment: str) -> Iterator[dict[str, Any]]:

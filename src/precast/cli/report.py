@@ -14,7 +14,7 @@ def report(
     recording: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECORDING]",
+            metavar="RECORDING",
             help="A recording, or a folder of them: then the newest. Else the setting `record`.",
             show_default=False,
         ),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from precast.cli.child import (
+    REPORT_ENDINGS,
     DeviceOption,
     DtypeOption,
     ModelArgument,
     ReportOption,
     ShapesOption,
     model_job,
+    output_file,
     run_trial,
     show_reasons,
 )
@@ -25,6 +28,7 @@ from precast.cli.options import (
     read_trust,
     settings,
 )
+from precast.errors import StoreError
 
 
 def warm(
@@ -59,7 +63,7 @@ def warm(
     """Compile a model's calls into the cache, in a build step; a second run finds all of it.
 
     Calls have to be like the service's: the same arguments, dtypes, device and settings.
-    Exit code 1: something stayed eager, or a shared tier has not got it.
+    Exit code 1: something stayed eager, or the cache or a shared tier has not got it.
     """
     from precast.cli.output import print_json
 
@@ -70,8 +74,8 @@ def warm(
         )
     job = model_job(
         "warm", model, shapes, dtype, device, cache_dir,
-        generate=generate, bundle=None if bundle is None else str(bundle.absolute()),
-        report=None if report is None else str(report.absolute()),
+        generate=generate, bundle=output_file(bundle, "--bundle"),
+        report=output_file(report, "--report", REPORT_ENDINGS),
     )  # fmt: skip
     result: dict[str, Any] = {}
     num_kinds = 0
@@ -80,14 +84,24 @@ def warm(
         num_kinds += row["num_kinds"]
         if not as_json and "call" in row:
             _show_row(row, num_kinds)
+    result["not_kept"] = [] if result["is_warm"] else _not_kept(config, result["keys"])
     pushed = _push(config, result["keys"]) if push else []
     if as_json:
         print_json({**result, "pushed": pushed})
     else:
         _show(result, pushed)
-    has_problems = any(copy["problems"] for copy in pushed)
+    has_problems = result["not_kept"] or any(copy["problems"] for copy in pushed)
     if has_problems or (result["has_failures"] and not allow_eager):
         raise typer.Exit(PROBLEMS)
+
+
+def _not_kept(config: Any, keys: list[str]) -> list[str]:
+    """Return the assemblies that no tier has got: a start would not find them."""
+    missing = keys
+    for tier in open_tiers(config):
+        with suppress(StoreError):  # Then it has none that a start could read.
+            missing = [key for key in missing if tier.read_manifest(key) is None]
+    return missing
 
 
 def _push(config: Any, keys: list[str]) -> list[dict[str, Any]]:
@@ -148,7 +162,10 @@ def _show(result: dict[str, Any], pushed: list[dict[str, Any]]) -> None:
             f"{calls}, {kinds}: {as_count(result['num_compiled'], 'piece')} compiled, "
             f"{result['num_from_cache']} from the cache, in {as_seconds(result['seconds'])}."
         )
-    print_line(f"It lies in {result['cache_dir']}.")
+    if result["not_kept"]:
+        _show_not_kept(result)
+    else:
+        print_line(f"It lies in {result['cache_dir']}.")
     for copy in pushed:
         print_line(
             f"{copy['to']}: has all {len(copy['copied']) + len(copy['present'])} entries"
@@ -162,3 +179,16 @@ def _show(result: dict[str, Any], pushed: list[dict[str, Any]]) -> None:
     if result["report"] is not None:
         print_line(f"{result['report']} has a page about it.")
     show_reasons(result["reasons"])
+
+
+def _show_not_kept(result: dict[str, Any]) -> None:
+    from precast.cli.output import as_count, print_line
+
+    num, of = (
+        len(result["not_kept"]),
+        as_count(result["num_kinds"], "kind of call", "kinds of call"),
+    )
+    print_line(f"{num} of {of} not kept in {result['cache_dir']}: a start compiles again.")
+    for failure in result["tier_failures"]:
+        print_line(f"{failure['code']}: {failure['message']}")
+        print_line(f"  What to do: {failure['remedy']}")

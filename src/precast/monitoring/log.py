@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from precast import events
+from precast.errors import RecordingUnwritableError
 
 if TYPE_CHECKING:
     from precast.errors import Reason
@@ -97,7 +98,10 @@ class LogListener:
 
     def note_failed_listener(self, listener: Emit, error: Exception) -> None:
         """Report a broken listener; to be given to `Listeners` as `on_failure`."""
-        self._logger.warning("listener %r failed and is ignored", listener, exc_info=error)
+        if isinstance(error, RecordingUnwritableError):  # Its words say all of it.
+            self._logger.warning("%s", error)
+        else:
+            self._logger.warning("listener %r failed and is ignored", listener, exc_info=error)
 
     def _warn_again(self, what: str) -> None:
         """Forget what was warned of; the next failure is another one."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from precast import __version__, events
-from precast.errors import RecordingError
+from precast.errors import RecordingError, RecordingUnwritableError
 from precast.events import Event
 from precast.monitoring.recorder import Recorder, resident_bytes
 from precast.values import Value
@@ -113,7 +113,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         beside.replace(target)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise RecordingError(str(target), f"it cannot be written: {error.strerror}") from error
+        raise RecordingUnwritableError(str(target), str(error.strerror or error)) from error
 
 
 def read_recording(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -277,7 +277,11 @@ class _Pen:
             if self._is_broken:
                 return
             try:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                try:
+                    self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                except OSError as error:
+                    problem = str(error.strerror or error)
+                    raise RecordingUnwritableError(str(self._folder), problem) from error
                 path = self._folder / f"{self._stem}-{os.getpid()}-{self._end}"
                 write_recording(path, recording_of(self._recorder, self._model))
             except Exception as error:  # noqa: BLE001 - as above.

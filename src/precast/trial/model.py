@@ -148,7 +148,7 @@ def _refuse_module(name: str, missing: str) -> NoReturn:
         f" and {len(folders) - 4} more" if len(folders) > 4 else ""
     )
     raise ModelError(
-        f"there is no module {missing!r}; looked in {where or 'no folder'}",
+        f"there is no module {missing!r}" + (f"; looked in {where}" if where else ""),
         hint or "Run the command where it can be imported, or set PYTHONPATH",
         is_usage=True,
     )

@@ -11,7 +11,7 @@ import torch
 import precast
 from precast.cache.bundle import keys_of
 from precast.errors import ModelError
-from precast.events import Event
+from precast.events import Event, TierFailed
 from precast.trial.inputs import describe_call, make_calls
 from precast.trial.model import Call, load_model
 from precast.trial.outcome import (
@@ -40,7 +40,14 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
     loaded = load_model(job["model"], job["dtype"], job["device"])
     calls = make_calls(loaded, [from_json(specs) for specs in job["shapes"]])
     events: list[Event] = []
-    served = compile_model(loaded, job["cache_dir"], events.append)
+    tier_failures: dict[str, dict[str, Any]] = {}  # The first of each tier.
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, TierFailed):
+            tier_failures.setdefault(event.tier, event.reason.as_dict())
+
+    served = compile_model(loaded, job["cache_dir"], listen)
     if precast.status(served)["settings"]["disable_compile_cache"]["value"]:
         raise ModelError(
             "the setting disable_compile_cache leaves no cache to fill",
@@ -80,6 +87,7 @@ def warm(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict
         "reasons": reasons,
         "has_failures": bool(failures(reasons)),
         "keys": keys_of(status),
+        "tier_failures": list(tier_failures.values()),
         "cache_dir": status["cache_dir"],
         "bundle": bundle,
         "report": job["report"],

@@ -161,6 +161,15 @@ def test_a_folder_without_rights_is_a_failure(
     assert (found["status"], "may not be read" in found["message"]) == ("failed", True)
 
 
+def test_a_folder_in_which_nothing_can_be_made_is_a_failure() -> None:
+    """
+    Not even by root, whom rights do not stop.
+    """
+    found = by_check(checks.check_folder(Path("/proc/precast/cache")))["cache folder"]
+    assert found["status"] == "failed"
+    assert found["message"].startswith(("nothing can be made in /proc", "/proc may not be"))
+
+
 def test_clocks_are_compared_with_the_file_systems(tmp_path: Path) -> None:
     (finding,) = checks.check_clock(tmp_path / "not there yet")
     assert finding["status"] == "ok"

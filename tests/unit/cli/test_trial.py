@@ -27,7 +27,7 @@ WARM = {
     "model": "app:make", "calls": [ROW, {**ROW, "num_kinds": 0}], "seconds": 5.0, "num_kinds": 1,
     "num_compiled": 2, "num_from_cache": 1, "seconds_saved": 0.0, "is_warm": False,
     "reasons": [REASON], "has_failures": True, "keys": [], "cache_dir": "/cache", "bundle": None,
-    "report": None,
+    "report": None, "tier_failures": [],
 }  # fmt: skip
 CHECK = {
     "model": "app:make", "calls": [ROW], "num_different": 0, "max_rel_error": 1e-7,
@@ -71,7 +71,10 @@ def test_what_stayed_eager_is_a_failure_unless_allowed(
              "at most), and runs compiled (33 pieces)."),
         ({"num_different": 1, "has_failures": True}, "differs from eager in 1 of 1 call"),
         ({"graph_breaks": [{"why": "a branch", "location": "net.py:3", "line": "if x:"}],
-          "has_failures": True}, "but has 1 graph break: it is compiled in parts, or not at all."),
+          "has_failures": True}, "has 1 graph break: 33 pieces run compiled, the rest eager."),
+        ({"graph_breaks": [{"why": "a branch", "location": "net.py:3", "line": "if x:"}] * 2,
+          "places": {"compiled": 0, "eager": 0}, "has_failures": True},
+         "but has 2 graph breaks: all of it runs eager."),
         ({"places": {"compiled": 30, "eager": 3}, "reasons": [REASON], "has_failures": True},
          "but 3 of 33 pieces stay eager."),
         ({"places": {"compiled": 0, "eager": 0}, "reasons": [REASON], "has_failures": True},

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from precast import events
-from precast.errors import Reason
+from precast.errors import Reason, RecordingUnwritableError
 from precast.monitoring.log import LogListener, describe_ready
 
 READY = events.ModelReady("Decoder", 41.2, 33, 3, 31, 2, 2, 80.0, warm=False)
@@ -78,3 +78,10 @@ def test_every_event_with_a_reason_is_a_warning(
 def test_a_broken_listener_is_named(lines: pytest.LogCaptureFixture) -> None:
     LogListener().note_failed_listener(print, RuntimeError("x"))
     assert "listener <built-in function print> failed" in lines.records[0].getMessage()
+
+
+def test_a_folder_that_takes_no_recordings_is_one_sentence(lines: pytest.LogCaptureFixture) -> None:
+    LogListener().note_failed_listener(print, RecordingUnwritableError("/logs", "Read-only"))
+    (record,) = lines.records
+    assert record.getMessage().startswith("/logs cannot be written: Read-only; nothing was written")
+    assert record.exc_info is None

@@ -31,6 +31,7 @@ def job(name: str, *shapes: str, **more: Any) -> dict[str, Any]:
         "dtype": None,
         "device": None,
         "cache_dir": None,
+        "report": None,
         **more,
     }
 

@@ -70,6 +70,10 @@ def test_weights_and_examples_get_the_dtype_and_device_asked_for() -> None:
         ("system.trial_model:make", "Did you mean 'system.trial_models'?"),
         ("system.trial_models.more:make", "system.trial_models is a module, not a package"),
         ("nowhere_at_all:make", "there is no module 'nowhere_at_all'; looked in "),
+        (
+            "recordings.py:make",
+            "there is no module 'recordings.py'. Write recordings without `.py`.",
+        ),
         ("system/trial_models.py:make", "without `.py`"),
         (f"{MODELS}:mkae", "has no 'mkae'. Did you mean 'make'?"),
         (f"{MODELS}:number", "is an int, which cannot be called"),

@@ -105,11 +105,11 @@ def pieces_section(story: Story) -> Section | None:
         join(
             element(
                 "p",
-                f"{as_count(story.num_slots, 'place')} run "
+                f"{as_count(story.num_slots, 'place')} {'runs' if story.num_slots == 1 else 'run'} "
                 f"{as_count(len(story.pieces), 'different piece')}"
                 + (f", in {kinds} kinds of calls" if kinds > 1 else "")
                 + ". Equal pieces are compiled once, loaded once, and called with other weights.",
-                f" The model was cut by {rule}." if rule else None,
+                _rule_in_words(rule) if rule else None,
             ),
             legend(items),
             [_drawn(story, assembly, number) for number, assembly in enumerate(story.assemblies)],
@@ -119,6 +119,12 @@ def pieces_section(story: Story) -> Section | None:
             ),
         ),
     )
+
+
+def _rule_in_words(rule: str) -> str:
+    if rule.startswith("Whole("):
+        return " The model was cut only where it had to be."
+    return f" The model was cut by {rule}."
 
 
 def _drawn(story: Story, assembly: AssemblyStory, number: int) -> Markup:
@@ -258,9 +264,12 @@ def _whole(story: Story, whole: tuple[Timing, int]) -> Markup:
     bounds = timing.speedup_range
     return element(
         "p",
-        f"The {as_count(count, 'compiled piece')} of one call of {story.assemblies[0].name} take ",
+        "The compiled piece" if count == 1 else f"The {count} compiled pieces",
+        f" of one call of {story.assemblies[0].name} ",
+        "takes " if count == 1 else "take ",
         element("b", as_duration(timing.compiled_s)),
-        " together, where eager takes ",
+        "" if count == 1 else " together",
+        ", where eager takes ",
         element("b", as_duration(timing.eager_s)),
         f": {timing.speedup:.2f} times as fast",
         f" (95 %: {times(bounds)})" if bounds else " (too few measurements to be sure)",

@@ -135,6 +135,18 @@ def test_what_the_page_must_say_is_there() -> None:
         assert expected in page, expected
 
 
+def test_a_model_of_one_piece_is_spoken_of_as_one() -> None:
+    data = recording()
+    model = data["model"]
+    model["assemblies"][0]["slots"] = model["assemblies"][0]["slots"][:1]
+    model["pieces"] = dict(list(model["pieces"].items())[:1])
+    data["events"].append({"at": 1.6, "event": "PlanMade", "model": "Decoder", "split": "Whole()"})
+    page = render(data)
+    assert "1 place runs 1 different piece." in page
+    assert "The model was cut only where it had to be." in page
+    assert re.search(r"The compiled piece of one call of Decoder takes <b>[^<]*</b>, where", page)
+
+
 def test_a_recording_of_events_alone_has_a_page() -> None:
     page = render({**recording(), "model": None})
     assert "What happened when" in page
