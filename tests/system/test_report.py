@@ -172,7 +172,8 @@ def test_a_start_through_torch_compile_leaves_its_events(tmp_path: Path) -> None
     with torch.inference_mode():
         traced(torch.ones(3, 8))
     story = Story(read_recording(wait_for_recording(tmp_path)))
-    assert story.verdict() == "torch.compile is traced at every start and runs as 1 piece."
+    verdict = "torch.compile is traced at every start and runs as 1 piece; its first start took "
+    assert story.verdict().startswith(verdict)
     torch._dynamo.reset()
 
 

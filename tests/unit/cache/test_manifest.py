@@ -51,7 +51,7 @@ def test_the_bytes_are_those_of_the_specification() -> None:
     )
     assert data == encode_body(body)
     page = (Path(__file__).parents[3] / "docs" / "format.md").read_text(encoding="utf-8")
-    assert f"```\n{data.decode()}\n```" in page
+    assert f"```text\n{data.decode()}\n```" in page
     assert f"({len(data)} bytes;" in page
 
 

@@ -295,9 +295,9 @@ class Story:
         is_busy = bool(behind.get("doing") or number(behind.get("waiting")))
         if is_busy and (self.num_compiled < self.num_slots or not self.num_slots):
             return "working"
+        if self._is_guarded_elsewhere():
+            return "unknown"
         if not self.num_slots:
-            if self.of_kind("PlanMade") and not self._is_captured_whole():
-                return "unknown"
             return "eager" if self._model_reasons() else "unknown"
         if self.num_compiled == self.num_slots:
             return "good" if not self._model_reasons() else "mixed"
@@ -309,12 +309,12 @@ class Story:
 
     def _what_runs(self) -> str:
         total, done = self.num_slots, self.num_compiled
+        if self.tone != "working" and self._is_guarded_elsewhere():
+            return self._what_is_guarded_elsewhere()
         if not total:
             reasons = self._model_reasons()
             if self.tone == "working":
                 return f"{self.name} is being captured while it serves: calls run eager"
-            if self.of_kind("PlanMade") and not self._is_captured_whole():
-                return self._what_is_guarded_elsewhere()
             if reasons:
                 code = word(reasons[0].get("code"), "?")
                 return f"{self.name} runs eager: {_meaning(code)} ({code})"
@@ -348,10 +348,15 @@ class Story:
             f"{'stays' if eager == 1 else 'stay'} eager ({why})"
         )
 
-    def _is_captured_whole(self) -> bool:
-        """Whether Precast itself serves the calls, and not Dynamo with pieces of Precast's."""
+    def _is_guarded_elsewhere(self) -> bool:
+        """Whether Dynamo serves the calls, with pieces of Precast's, and traces at each start."""
+        if not self.of_kind("PlanMade") or self.of_kind("AssemblyLoaded"):
+            return False
         codes = [reason.get("code") for reason in self._model_reasons()]
-        return bool(self.model) and "trace-on-start" not in codes
+        if "trace-on-start" in codes:
+            return not self.assemblies
+        # `torch.compile` hands graphs over: nothing is captured here.
+        return not self.of_kind("CaptureFinished")
 
     def _what_is_guarded_elsewhere(self) -> str:
         plans = self.of_kind("PlanMade")
