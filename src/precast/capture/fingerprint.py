@@ -44,9 +44,9 @@ def _feed_module(module: Any, name: str, parts: list[str], seen: set[int]) -> No
             _feed_module(child, key, parts, seen)
 
 
-def call_places(
+def arguments_in_order(
     function: Any, num_owners: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[str, int | str]]:
+) -> list[tuple[str, int | str, Any]]:
     """Return a call's arguments in one order, however it is written: `f(x)` as `f(x=x)`.
 
     Args:
@@ -56,22 +56,22 @@ def call_places(
         kwargs: Of the call.
 
     Returns:
-        For each argument its parameter's name ("" for more than there are names), and its place:
-        a position in `args`, or a keyword.
+        For each argument its parameter's name ("" for more than there are names), its place (a
+        position in `args`, or a keyword), and its value.
     """
     code = getattr(function, "__code__", None)
     names = () if code is None else code.co_varnames[num_owners : code.co_argcount]
     if any(name in kwargs for name in names[: len(args)]):
         names = ()  # Two values for one parameter, or a name of `**kwargs`: as it is written.
-    places: list[tuple[str, int | str]] = []
+    found: list[tuple[str, int | str, Any]] = []
     for number, name in enumerate(names):
         if number < len(args):
-            places.append((name, number))
+            found.append((name, number, args[number]))
         elif name in kwargs:
-            places.append((name, name))
-    places.extend(("", number) for number in range(len(names), len(args)))
-    places.extend((name, name) for name in sorted(kwargs.keys() - set(names)))
-    return places
+            found.append((name, name, kwargs[name]))
+    found.extend(("", number, args[number]) for number in range(len(names), len(args)))
+    found.extend((name, name, kwargs[name]) for name in sorted(kwargs.keys() - set(names)))
+    return found
 
 
 def call_signature(
@@ -80,12 +80,11 @@ def call_signature(
     """Return a call's structure: containers, tensors' dtypes and ranks, types of all else.
 
     Sizes stay out: one assembly covers ranges of them, and its contract knows which. So do
-    arguments that are their parameter's default. For what the arguments are see `call_places`.
+    arguments that are their parameter's default. For their order see `arguments_in_order`.
     """
     defaults = _simple_defaults(function)
     parts: list[str] = []
-    for name, place in call_places(function, num_owners, args, kwargs):
-        value = args[place] if isinstance(place, int) else kwargs[place]
+    for name, _, value in arguments_in_order(function, num_owners, args, kwargs):
         if name in defaults and value is defaults[name]:
             continue
         parts.append(f"{name}=")
@@ -133,13 +132,10 @@ def example_shapes(
 ) -> list[list[int]]:
     """Return the shapes of the tensors that a call passes in plain containers, in order.
 
-    The arguments are those of `call_places`, and so is their order.
+    That is the order of `arguments_in_order`.
     """
-    values = [
-        args[place] if isinstance(place, int) else kwargs[place]
-        for _, place in call_places(function, num_owners, args, kwargs)
-    ]
-    return [list(tensor.shape) for tensor in tensors_in(values)]
+    arguments = arguments_in_order(function, num_owners, args, kwargs)
+    return [list(tensor.shape) for _, _, value in arguments for tensor in tensors_in(value)]
 
 
 def like_example(
@@ -176,11 +172,11 @@ def like_example(
 
     new_args, new_kwargs = list(args), dict(kwargs)
     try:
-        for _, place in call_places(function, num_owners, args, kwargs):
+        for _, place, value in arguments_in_order(function, num_owners, args, kwargs):
             if isinstance(place, int):
-                new_args[place] = replace(args[place])
+                new_args[place] = replace(value)
             else:
-                new_kwargs[place] = replace(kwargs[place])
+                new_kwargs[place] = replace(value)
     except (ValueError, IndexError):
         return None
     return None if remaining else (tuple(new_args), new_kwargs)
