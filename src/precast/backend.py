@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from precast.blueprint import Blueprint, narrowed_ranges, slot_table
 from precast.contract import autocast_state, bind
 from precast.errors import Reason
-from precast.events import Emit, FellBack, ModelReady, PlanMade
+from precast.events import Emit, FellBack, PlanMade
 from precast.passes.chosen import ChosenPasses
 from precast.runtime.packed import may_pack
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from precast.config import CompilationConfig
     from precast.graph.canonical import WrittenPiece
     from precast.graph.piece import Piece, SymbolRange
-    from precast.manager import PieceResult
-    from precast.runtime.slot import SlotTable
     from precast.split.build import PieceCall, StitchGraph
     from precast.stitch import ExecutionCode
 
@@ -543,7 +541,17 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     execute = execution.compile()
     table = slot_table(drawing.slots, results)
     callables = table.callables
-    _tell_ready(session, table, results, time.perf_counter() - started)
+    found = [result for result in results if result.from_cache]
+    session.emit(
+        table.ready(
+            session.name,
+            time.perf_counter() - started,
+            unique_pieces=len(results),
+            from_cache=len(found),
+            seconds_saved=sum(result.seconds for result in found),
+            warm=False,
+        )
+    )
     extra: tuple[Any, ...] = ([],) if execution.takes_weights else ()
     positions = [names.index(name) for name in execution.arguments]
     limits = _limits(graph_module, narrowed_ranges(drawing.slots, drawing.symbols, results))
@@ -557,26 +565,6 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
         return execute(callables, *extra, *(args[i] for i in positions))
 
     return run
-
-
-def _tell_ready(
-    session: Any, table: SlotTable, results: Sequence[PieceResult], seconds: float
-) -> None:
-    num_compiled, num_eager = table.count()
-    found = [result for result in results if result.from_cache]
-    session.emit(
-        ModelReady(
-            session.name,
-            seconds,
-            num_compiled + num_eager,
-            len(results),
-            num_compiled,
-            num_eager,
-            len(found),
-            sum(result.seconds for result in found),
-            warm=False,
-        )
-    )
 
 
 def _limits(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
 from precast.errors import Reason
-from precast.events import ArtifactRefused, AssemblyLoaded, ModelReady
+from precast.events import ArtifactRefused, AssemblyLoaded
 
 if TYPE_CHECKING:
     from precast.manager import PieceResult
@@ -86,24 +86,20 @@ def emit_start(
         results: What became of its pieces; None: it was loaded, the start was warm.
     """
     is_warm = results is None
-    num_compiled, num_eager = loaded.slots.count()
-    num_slots = num_compiled + num_eager
-    pieces = loaded.assembly.pieces
+    num_unique = len(loaded.assembly.pieces)
     found = [result for result in (results or ()) if result.from_cache]
-    saved = loaded.assembly.seconds if is_warm else sum(result.seconds for result in found)
-    name = session.name
-    if is_warm:
-        session.emit(AssemblyLoaded(name, loaded.key, seconds, num_slots, len(pieces), saved))
-    session.emit(
-        ModelReady(
-            name,
-            seconds,
-            num_slots,
-            len(pieces),
-            num_compiled,
-            num_eager,
-            len(pieces) if is_warm else len(found),
-            saved,
-            is_warm,
-        )
+    ready = loaded.slots.ready(
+        session.name,
+        seconds,
+        unique_pieces=num_unique,
+        from_cache=num_unique if is_warm else len(found),
+        seconds_saved=loaded.assembly.seconds if is_warm else sum(r.seconds for r in found),
+        warm=is_warm,
     )
+    if is_warm:
+        session.emit(
+            AssemblyLoaded(
+                session.name, loaded.key, seconds, ready.pieces, num_unique, ready.seconds_saved
+            )
+        )
+    session.emit(ready)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from precast.events import ModelReady
+
 PieceCallable = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -60,8 +62,27 @@ class SlotTable:
         self.slots[index] = slot
         self.callables[index] = call
 
-    def count(self) -> tuple[int, int]:
-        """Return how many pieces run compiled, and how many eager."""
+    def ready(
+        self,
+        model: str,
+        seconds: float,
+        *,
+        unique_pieces: int,
+        from_cache: int,
+        seconds_saved: float,
+        warm: bool,
+    ) -> ModelReady:
+        """Return the event that a model is served by these slots from now on."""
         slots = [slot for slot in self.slots if slot is not None]
         num_eager = sum(slot.compiler == "eager" for slot in slots)
-        return len(slots) - num_eager, num_eager
+        return ModelReady(
+            model=model,
+            seconds=seconds,
+            pieces=len(slots),
+            unique_pieces=unique_pieces,
+            compiled=len(slots) - num_eager,
+            eager=num_eager,
+            from_cache=from_cache,
+            seconds_saved=seconds_saved,
+            warm=warm,
+        )
