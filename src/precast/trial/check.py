@@ -89,14 +89,7 @@ class _Eager:
     """The model as it is without Precast: another object with the same weights."""
 
     def __init__(self, module: Any) -> None:
-        self.module = module
-        if isinstance(module, torch.nn.Module):
-            try:
-                self.module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-            except Exception as error:
-                raise failed(
-                    "the model cannot be copied", error, "Mend its __deepcopy__"
-                ) from error
+        self.module = eager_copy(module)
         self._wide: Any = None
 
     def run(self, call: Call) -> tuple[Any, Call]:
