@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
@@ -53,12 +54,7 @@ class Distribution:
 
     def add(self, value: float) -> None:
         """Take in one value."""
-        number = 0
-        for bound in self._bounds:
-            if value <= bound:
-                break
-            number += 1
-        self._in_bucket[number] += 1
+        self._in_bucket[bisect_left(self._bounds, value)] += 1
         self._latest.append(value)
         self._sum += value
         self._most = max(self._most, value)
