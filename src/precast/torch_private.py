@@ -807,8 +807,10 @@ def find_graph_breaks(
 
     Runs the function once, in parts. Costs as much as capturing it.
     """
-    # torch 2.11-2.13. Replaces reading the log of TORCH_LOGS=graph_breaks. `explain` is documented
-    # and experimental. Goes when a capture that fails names all breaks, not the first alone.
+    # torch:    2.11 to 2.13
+    # replaces: reading the log of TORCH_LOGS=graph_breaks
+    # upstream: `explain` is documented and experimental
+    # goes:     when a capture that fails names all breaks, not the first alone
     import torch._dynamo
 
     torch._dynamo.reset()

@@ -37,7 +37,6 @@ class UsageMeter:
         self._start_ticks = self._ticks = 0
         self._start_written = self._written = 0
         self._has_io = False
-        self._looked_around = 0.0
         self._look_around()
         self._start_ticks, self._start_written = self._ticks, self._written
 

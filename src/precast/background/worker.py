@@ -4,7 +4,8 @@ One job a line on standard input, as JSON; answers are lines of JSON on the desc
 standard output when we started. What compilers print goes to standard error.
 
     job:      {"id", "piece", "compilers": [name or "module:attribute"], "directory", "verify",
-               "imports": [module], "passes": [[kind, text]], "dump_passes", "is_retry"}
+               "imports": [module], "passes": [[kind, text]], "dump_passes", "is_retry",
+               "last_s": seconds after which the process is ended, whatever it does}
     started:  {"id", "started": compiler}                      before each compiler
     answer:   {"id", "compiler", "files", "details", "seconds", "verify", "timing", "source",
                "failures"}
