@@ -268,11 +268,13 @@ class CompilationConfig(Value, kw_only=True):
 
         return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
-    def record_path(self) -> Path:
-        """Return the folder for recordings; the working directory where none is set."""
+    def record_path(self) -> Path | None:
+        """Return the folder for recordings, None where none is set."""
+        if self.record is None:
+            return None
         from pathlib import Path
 
-        return Path(self.record or ".").expanduser()
+        return Path(self.record).expanduser()
 
     def bundle_paths(self) -> list[str]:
         """Return the bundles to read, in order."""

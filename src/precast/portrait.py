@@ -7,7 +7,6 @@ it. Costs milliseconds to read, and nothing before somebody asks.
 from __future__ import annotations
 
 import hashlib
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,9 @@ from precast.assembly import LoadedAssembly
 from precast.compilers.sources import unpack
 from precast.describe import describe
 from precast.events import AssemblyMissed, PieceMissed
-from precast.graph.key import explain_misses
 from precast.monitoring.recording import torch_version
+from precast.monitoring.system import used_gpu_torch
+from precast.session import explain_from
 
 if TYPE_CHECKING:
     from precast.serving import CompiledModel
@@ -147,11 +147,7 @@ def _misses(session: Session) -> list[dict[str, Any]]:
         found[event.key] = {**miss, "key": event.key, "parts": event.parts}
     misses = list(found.values())[:_MOST_MISSES]
     if misses and not session.config.disable_compile_cache:
-        from precast.cache import DiskCache
-        from precast.cache.catalog import stored_parts
-
-        tier = DiskCache(session.config.cache_path())
-        explain_misses(misses, stored_parts(tier, time.perf_counter, _EXPLAIN_BUDGET_S))
+        explain_from(session.config.cache_path(), misses, _EXPLAIN_BUDGET_S)
     return [{name: value for name, value in miss.items() if name != "parts"} for miss in misses]
 
 
@@ -169,9 +165,8 @@ def _weights(owner: Any) -> dict[str, Any] | None:
 
 def _device_memory() -> dict[str, Any] | None:
     """Return what this process holds of a GPU, None where it uses none."""
-    import torch
-
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    torch = used_gpu_torch()
+    if torch is None:
         return None
     return {
         "name": torch.cuda.get_device_name(),

@@ -22,12 +22,21 @@ from precast.monitoring.stats import StatsListener
 from precast.passes.chosen import NO_PASSES, choose
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from precast.background.service import CompileService
     from precast.cache.interface import CacheInterface
     from precast.monitoring.recording import RecordingWriter
 
 # After a cold start, which took many seconds, or in place of one in mode "cache_only".
 _EXPLAIN_BUDGET_S = 0.1
+
+
+def explain_from(cache_dir: Path, misses: list[dict[str, Any]], budget_s: float) -> None:
+    """Find for each miss its cause, among what the disk tier has, in so many seconds at most."""
+    from precast.cache.catalog import stored_parts
+
+    explain_misses(misses, stored_parts(DiskCache(cache_dir), time.perf_counter, budget_s))
 
 
 class Session:
@@ -56,10 +65,10 @@ class Session:
             built_in.append(ProgressListener(config.progress, limit_s=config.max_compile_time))
         if not config.disable_compile_cache and not is_disabled:
             built_in.append(self._make_stats())
-        if config.record is not None and not is_disabled:
+        folder = None if is_disabled else config.record_path()
+        if folder is not None:
             from precast.monitoring.recording import RecordingWriter
 
-            folder = config.record_path()
             self.recording = RecordingWriter(folder, name, self.recorder, log.note_failed_listener)
             built_in.append(self.recording)
         self.emit = Listeners((*built_in, *listeners), on_failure=log.note_failed_listener)
@@ -101,10 +110,7 @@ class Session:
         cache_dir = self.config.cache_path()
 
         def explain(misses: list[dict[str, Any]]) -> None:
-            from precast.cache.catalog import stored_parts
-
-            tier = DiskCache(cache_dir)
-            explain_misses(misses, stored_parts(tier, time.perf_counter, _EXPLAIN_BUDGET_S))
+            explain_from(cache_dir, misses, _EXPLAIN_BUDGET_S)
 
         return StatsListener(str(cache_dir / BUCKET / "stats"), explain)
 

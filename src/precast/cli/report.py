@@ -44,10 +44,9 @@ def report(
     from precast.monitoring.report import Story, write_report
 
     if recording is None:
-        config = settings(None)
-        if config.record is None:
-            raise typer.BadParameter("give a recording, or set `record` to a folder of them")
-        recording = config.record_path()
+        recording = settings(None).record_path()
+    if recording is None:
+        raise typer.BadParameter("give a recording, or set `record` to a folder of them")
     path = newest_of(recording) if recording.is_dir() else recording
     found = read_recording(path)
     target = output

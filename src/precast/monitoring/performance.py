@@ -7,7 +7,6 @@ how often things happen nowhere: that is `counter.py`.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import weakref
@@ -19,7 +18,7 @@ from precast.errors import ConfigError
 from precast.events import Event
 from precast.monitoring.distribution import CALL_S, Distribution
 from precast.monitoring.recorder import resident_bytes
-from precast.monitoring.system import Gpus, device_bytes, peak_device_bytes
+from precast.monitoring.system import Gpus, device_bytes, peak_device_bytes, used_gpu_torch
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
@@ -366,8 +365,8 @@ def _dispatcher_of(model: Any) -> Any:
 
 def _device_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return torch and the GPU that a call runs on; None and None where it is to be timed here."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    torch = used_gpu_torch()
+    if torch is None:
         return None, None
     weight = None if owner is None else next(owner.parameters(), None)
     for value in (weight, *args, *kwargs.values()):
