@@ -21,6 +21,7 @@ from precast.cache.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_b
 from precast.cache.names import (
     check_digest,
     check_key,
+    earlier_keys,
     is_digest,
     is_file_name,
     is_internal_key,
@@ -635,7 +636,7 @@ def _gather(
     else:
         for key in keys:
             find(key, is_needed=True)
-            for before in _before(key):
+            for before in earlier_keys(key):
                 find(before, is_needed=True)
         # An assembly does with the files of its pieces; their manifests serve other models.
         for payload in list(found.values()):
@@ -644,12 +645,6 @@ def _gather(
     if not found:
         raise BundleIncompleteError(path, "there is nothing to put into it")
     return found
-
-
-def _before(key: str) -> list[str]:
-    """Return the assemblies that a start tries before this one; it stops where one is missing."""
-    stem, _, number = key.rpartition("-")
-    return [f"{stem}-{i}" for i in range(int(number))] if number in set("1234567") else []
 
 
 def _records(payload: Mapping[str, Any]) -> list[Mapping[str, Any]]:

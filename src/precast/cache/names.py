@@ -32,6 +32,12 @@ def is_internal_key(key: str) -> bool:
     return key == COLLECTION_KEY or key.startswith(FAILURE_PREFIX)
 
 
+def earlier_keys(key: str) -> list[str]:
+    """Return the assemblies that a start tries before this one; it stops where one is missing."""
+    stem, _, number = key.rpartition("-")
+    return [f"{stem}-{i}" for i in range(int(number))] if number in set("1234567") else []
+
+
 def is_file_name(text: object) -> bool:
     """Whether a blob may lie in a directory under this name."""
     return (

@@ -111,22 +111,17 @@ def _push(config: Any, keys: list[str]) -> list[dict[str, Any]]:
         StoreError: A tier failed.
     """
     from precast.cache.catalog import copy_entries, with_named
+    from precast.cache.names import earlier_keys
 
     nearest, *others = open_tiers(config)
     # A start tries the assemblies of one key in turn, until there is none.
-    before = [key for given in keys for key in _earlier(given) if nearest.read_manifest(key)]
+    before = [key for given in keys for key in earlier_keys(given) if nearest.read_manifest(key)]
     wanted = with_named(nearest, dict.fromkeys([*before, *keys]))
     return [
         copy_entries(nearest, tier, wanted, trust=read_trust(config))
         for tier in others
         if tier.is_shared and tier.is_writable
     ]
-
-
-def _earlier(key: str) -> list[str]:
-    """Return the keys that come before the assembly `…-2`: `…-0` and `…-1`."""
-    stem, _, number = key.rpartition("-")
-    return [f"{stem}-{earlier}" for earlier in range(int(number))]
 
 
 def _show_row(row: dict[str, Any], num_kinds: int) -> None:
