@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from precast.monitoring.units import as_bytes
+from precast.monitoring.units import as_bytes, as_count
 
 __all__ = [
     "as_bytes",
+    "as_count",
     "as_seconds",
     "as_time",
     "print_json",
@@ -59,15 +60,6 @@ def as_seconds(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def as_count(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number of things.
-
-    >>> as_count(1, "call"), as_count(3, "kind of call", "kinds of call")
-    ('1 call', '3 kinds of call')
-    """
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def as_time(at_s: float) -> str:
