@@ -12,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+#: For programs whose outputs are compared: how long something takes decides no test, neither
+#: whether compiled code is used nor whether progress is shown.
+CALM = {"PRECAST_KEEP_SLOWER": "1", "PRECAST_PROGRESS": "0"}
+
 
 @pytest.fixture(scope="session")
 def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

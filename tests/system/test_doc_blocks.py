@@ -35,14 +35,14 @@ from docblocks import (
 )
 from precast.config import CompilationConfig
 from servers import free_port
+from system.conftest import CALM
 
 BLOCKS = {page: blocks_of(page) for page in PAGES}
 ALL = [block for blocks in BLOCKS.values() for block in blocks]
 #: `text` is for what is no code, such as a drawing; a Dockerfile is run by `test_images.py`.
 LANGUAGES = RUN | DATA | {"text", "dockerfile"}
 #: Whatever is timed must not decide a test; nor do second looks belong to what pages show.
-# How long it takes decides no test, nor whether progress is shown.
-SETTINGS = {"PRECAST_KEEP_SLOWER": "1", "PRECAST_PROGRESS": "0", "PRECAST_REVALIDATE": "never"}
+SETTINGS = {**CALM, "PRECAST_REVALIDATE": "never"}
 #: Pages whose models take long to compile: all is done but the compiler's own work, which tests of
 #: the examples do for like models.
 UNCOMPILED = {"diffusers.md", "transformers-generate.md"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from docblocks import ROOT, blocks_of, files_of
+from system.conftest import CALM
 
 PAGE = ROOT / "docs" / "how-to" / "container-image.md"
 
@@ -34,8 +35,7 @@ def run_image(context: Path, root: Path, secrets: dict[str, str]) -> str:
                 "PATH": f"{root / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin",
                 "PYTHONPATH": str(ROOT / "src"),
                 "HOME": str(stage / "home"),
-                "PRECAST_KEEP_SLOWER": "1",  # Timings do not decide a test.
-                "PRECAST_PROGRESS": "0",
+                **CALM,
                 **{k: v.replace("/app", str(stage / "app")) for k, v in variables.items()},
                 **more,
             },

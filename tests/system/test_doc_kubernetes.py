@@ -16,6 +16,7 @@ from docblocks import ROOT, blocks_of, files_of
 from precast.cache.chain import parse_chain
 from precast.config import CompilationConfig, resolve_config
 from servers import RedisServer
+from system.conftest import CALM
 
 HOW_TO = ROOT / "docs" / "how-to"
 PAGE = HOW_TO / "kubernetes.md"
@@ -132,8 +133,7 @@ def test_a_server_loads_what_the_job_compiled(redis_server: RedisServer, tmp_pat
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT / "src"),
-                "PRECAST_KEEP_SLOWER": "1",  # Timings do not decide a test.
-                "PRECAST_PROGRESS": "0",
+                **CALM,
                 **settings,
                 **more,
             },

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from system.conftest import CALM
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
@@ -73,7 +75,7 @@ def test_a_denoiser_paints_what_eager_paints_and_starts_warm(run: Callable[..., 
 
 @pytest.mark.compile
 def test_pieces_of_torch_compile_come_from_the_cache(run: Callable[..., str]) -> None:
-    settings = {"PRECAST_COMPILER": "auto", "PRECAST_KEEP_SLOWER": "1", "PRECAST_PROGRESS": "0"}
+    settings = {"PRECAST_COMPILER": "auto", **CALM}
     assert re.search(
         r"cold: .* [1-9]\d* pieces compiled", run("torch_compile_backend.py", **settings)
     )
@@ -139,8 +141,7 @@ def test_a_server_answers_before_the_swap_and_the_same_after(environment: dict[s
     settings = {
         **environment,
         "PRECAST_COMPILER": "auto",
-        "PRECAST_KEEP_SLOWER": "1",
-        "PRECAST_PROGRESS": "0",
+        **CALM,
     }
     body = {"features": [0.1, 0.2, 0.3, 0.4]}
 
