@@ -274,7 +274,11 @@ def problems_of(model: str, found: dict[str, dict[str, Any]]) -> list[str]:
             )
         if not figures["same_tokens"]:
             problems.append(f"{way} generates other tokens than eager")
-        problems += [f"{way}: {reason}" for reason in figures["reasons"]]
+        problems += [
+            f"{way}: {reason}"
+            for reason in figures["reasons"]
+            if not reason.startswith("not-worth-it")  # A decision: eager is faster there.
+        ]
     if not found["warm"]["is_warm"]:
         problems.append("the new process found nothing to start from")
     return problems

@@ -3,15 +3,20 @@
 Measured where pieces are compiled, in a process of low priority that shares the machine: so both
 are run in turns, and compiled code counts as slower only where its median, its best time and most
 single turns say so, at all sizes that were tried. When in doubt it is kept.
+
+Turns in which a thread had to wait for a processor say nothing, however many there are: code that
+runs in several threads then waits for the last of them, a hundred times as long as it takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from precast.compilers.interface import CompiledCallable
@@ -25,6 +30,18 @@ _MOST_ROUNDS = 25
 _FEWEST_ROUNDS = 3
 _FEWEST_TO_JUDGE = 10
 _MOST_TURNS = 0.8  # The share of turns in which compiled code has to be slower.
+_MOST_WAITED = 0.1  # The share of a run for which threads may wait for a processor, together.
+
+
+_TASKS = Path("/proc/self/task")
+
+
+class _Turn(NamedTuple):
+    """One run of each; `is_calm`: no thread of either had to wait for a processor."""
+
+    first_s: float
+    second_s: float
+    is_calm: bool
 
 
 def time_piece(
@@ -69,9 +86,10 @@ def time_piece(
             eager(*inputs)
 
         with torch.no_grad():
-            ours, theirs = _in_turns(
-                run_compiled, run_eager, restore, _BUDGET_S / len(rows), on_device
-            )
+            turns = _in_turns(run_compiled, run_eager, restore, _BUDGET_S / len(rows), on_device)
+        calm = [turn for turn in turns if turn.is_calm]
+        used = calm if len(calm) >= _FEWEST_ROUNDS else turns
+        ours, theirs = [turn.first_s for turn in used], [turn.second_s for turn in used]
         found.append(
             {
                 "sizes": row,
@@ -83,7 +101,8 @@ def time_piece(
                 "eager_p90_s": _p90(theirs),
                 "compiled_range_s": _range_of_median(ours),
                 "eager_range_s": _range_of_median(theirs),
-                "num_turns": len(ours),
+                "num_turns": len(used),
+                "calm_turns": len(calm),
                 "slower_turns": sum(
                     one > SLOWER * other for one, other in zip(ours, theirs, strict=True)
                 ),
@@ -114,7 +133,7 @@ def how_much_slower(timing: Sequence[Mapping[str, Any]] | None) -> str | None:
     if not timing or any(
         row["compiled_s"] <= SLOWER * row["eager_s"]
         or row["compiled_best_s"] <= SLOWER * row["eager_best_s"]
-        or row["num_turns"] < _FEWEST_TO_JUDGE
+        or row.get("calm_turns", row["num_turns"]) < _FEWEST_TO_JUDGE
         or row["slower_turns"] < _MOST_TURNS * row["num_turns"]
         for row in timing
     ):
@@ -133,29 +152,46 @@ def _in_turns(
     restore: Callable[[], None],
     budget_s: float,
     on_device: bool,
-) -> tuple[list[float], list[float]]:
+) -> list[_Turn]:
     """Return the seconds of each run of two functions, run in turns after one warm-up each.
 
     `restore` is called before each run and not timed.
     """
     clock = _device_seconds if on_device else _seconds
 
-    def measure(run: Callable[[], None]) -> float:
+    def measure(run: Callable[[], None]) -> tuple[float, bool]:
         restore()
-        return clock(run)
+        waited_s = _waited_s()
+        seconds = clock(run)
+        return seconds, _waited_s() - waited_s <= _MOST_WAITED * seconds
 
     deadline = time.perf_counter() + budget_s
     measure(first)
     measure(second)
-    found: tuple[list[float], list[float]] = ([], [])
-    while len(found[0]) < _MOST_ROUNDS:
+    turns: list[_Turn] = []
+    while len(turns) < _MOST_ROUNDS:
         # Each begins every other turn: what runs second finds its inputs in the caches.
-        turn = [(first, found[0]), (second, found[1])]
-        for run, seconds in turn if len(found[0]) % 2 else reversed(turn):
-            seconds.append(measure(run))
-        if time.perf_counter() > deadline and len(found[0]) >= _FEWEST_ROUNDS:
+        if len(turns) % 2:
+            one, other = measure(first), measure(second)
+        else:
+            other, one = measure(second), measure(first)
+        turns.append(_Turn(one[0], other[0], one[1] and other[1]))
+        if time.perf_counter() > deadline and len(turns) >= _FEWEST_ROUNDS:
             break
-    return found
+    return turns
+
+
+def _waited_s() -> float:
+    """Return for how long threads of this process have waited for a processor, all together.
+
+    0 where the kernel does not say.
+    """
+    total_ns = 0
+    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+        # A thread that has ended meanwhile, or a kernel that keeps no such figures.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            total_ns += int((task / "schedstat").read_text().split()[1])
+    return total_ns / 1e9
 
 
 def _seconds(run: Callable[[], None]) -> float:
