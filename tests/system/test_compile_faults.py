@@ -199,10 +199,17 @@ def run():
 
 threading.Thread(target=run, daemon=True).start()
 assert started.wait(120)
+def is_child(pid):
+    try:
+        return b"sleep(600)" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # It has ended.
+        return False
+
 children = []
 while not children:
+    time.sleep(0.05)
     pids = processes_of(os.getpid()) - {os.getpid()}
-    children = [p for p in pids if b"sleep(600)" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    children = list(filter(is_child, pids))
 print(*pids - set(children))
 print(*children)
 print(time.monotonic(), flush=True)
