@@ -35,6 +35,7 @@ CacheDirOption = Annotated[
         "--cache-dir",
         help="The cache's folder; else as settings say.",
         metavar="DIR",
+        file_okay=False,  # One that is not there yet is an empty cache.
         show_default=False,
     ),
 ]

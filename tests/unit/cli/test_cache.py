@@ -48,6 +48,12 @@ def test_another_folder_can_be_named(tmp_path: Path, run_json: RunJson) -> None:
     assert len(found["entries"]) == 1
 
 
+def test_a_file_is_no_cache(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").touch()
+    text = run("cache", "ls", "--cache-dir", str(tmp_path / "file"), code=2)
+    assert "is a file" in text
+
+
 def test_a_cache_that_cannot_be_read_is_told_in_a_sentence(stored: Stored, run: Run) -> None:
     """
     A link that leads to itself fails for every user, root as well.
