@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from precast.config import CompilationConfig
+from precast.config import CompilationConfig, is_switched_off
 from precast.describe import describe
 from precast.errors import ConfigError, Reason
 from precast.events import Event
@@ -81,7 +81,7 @@ def compile(
     if isinstance(function, types.MethodType) or not isinstance(function, types.FunctionType):
         raise ConfigError(
             "model",
-            f"a {type(model).__name__}",
+            type(model).__name__,
             "an nn.Module or a plain function",
             "Wrap it: precast.compile(lambda *args: thing(*args))",
         )
@@ -144,10 +144,16 @@ def status(model: Any) -> dict[str, Any]:
     """
     compiled = _compiled_of(model)
     if compiled is None:
-        reason = Reason(
-            "disabled", "Precast does not serve this model", "Call precast.compile(model) first"
+        reason = (
+            Reason("disabled", "PRECAST_DISABLE is set; models run eager", "Take the variable away")
+            if is_switched_off()
+            else Reason(
+                "disabled", "Precast does not serve this model", "Call precast.compile(model) first"
+            )
         )
-        return {"model": type(model).__name__, "assemblies": [], "reasons": [reason.as_dict()]}
+        is_function = isinstance(model, types.FunctionType)
+        name = model.__qualname__ if is_function else type(model).__name__
+        return {"model": name, "assemblies": [], "reasons": [reason.as_dict()]}
     return describe(compiled)
 
 

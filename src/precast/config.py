@@ -349,8 +349,13 @@ def resolve_config(
     return ResolvedConfig(
         CompilationConfig(**values),
         {name: origins.get(name, "default") for name in SETTINGS},
-        is_disabled=_as_bool(environ.get("PRECAST_DISABLE", "")) is True,
+        is_disabled=is_switched_off(environ),
     )
+
+
+def is_switched_off(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `PRECAST_DISABLE` is set, in this process's environment or another one."""
+    return _as_bool((os.environ if environ is None else environ).get("PRECAST_DISABLE", "")) is True
 
 
 def read_config(config: CompilationConfig | None = None, **overrides: object) -> ResolvedConfig:

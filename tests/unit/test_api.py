@@ -297,8 +297,11 @@ def test_disabled_means_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert model._compiled_call_impl is None
     assert codes(model) == ["disabled"]
+    assert "PRECAST_DISABLE" in precast.status(model)["reasons"][0]["message"]
     assert precast.wait(model)
     precast.release(model)
+    monkeypatch.delenv("PRECAST_DISABLE")
+    assert "does not serve" in precast.status(model)["reasons"][0]["message"]
 
 
 def test_a_changed_default_of_a_served_function_is_noticed(tmp_path: Path) -> None:
