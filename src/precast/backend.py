@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from precast.binding import bind
 from precast.blueprint import Blueprint, narrowed_ranges, slot_table
-from precast.contract import autocast_state, bind
+from precast.contract import autocast_state
 from precast.errors import Reason
 from precast.events import Emit, FellBack, PlanMade
 from precast.passes.chosen import ChosenPasses
