@@ -3,7 +3,7 @@
 Three moments, three costs: `bind` checks everything that depends on the model once, at load
 (milliseconds); `Binding.is_current` asks at every call whether anything that was checked may
 have changed since (microseconds, loops in C); the call's own arguments are checked by generated
-code (`CallCheckWriter`). What is checked was recorded as data (`contract.py`).
+code (`capture/call_check.py`). What is checked was recorded as data (`contract.py`).
 """
 
 from __future__ import annotations

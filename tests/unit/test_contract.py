@@ -1,8 +1,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from precast.contract import digest_code, find_code
+import pytest
+import torch
+
+from precast.contract import Unrecordable, decode, digest_code, encode, find_code
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, 1.0), (1, True), (0.0, -0.0), ((1,), [1]), ("1", 1), (b"a", "a"), ({1: 2}, {2: 1})],
+)
+def test_values_that_compare_equal_or_look_alike_are_told_apart(one: Any, other: Any) -> None:
+    assert encode(one) != encode(other)
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), 1e-5, (1, [2, None]), {"a": (1.0,)}, torch.float16, torch.Tensor]
+)
+def test_a_value_equals_itself_after_a_round_trip(value: Any) -> None:
+    """NaN too, which Python holds to be unlike itself."""
+    assert encode(value) == encode(decode(encode(value)))
+
+
+def test_what_has_an_identity_only_is_refused() -> None:
+    with pytest.raises(Unrecordable, match="object"):
+        encode(object())
 
 
 def test_code_is_digested_by_what_it_does() -> None:
