@@ -175,9 +175,9 @@ def count_texts(options: argparse.Namespace) -> dict[str, Any]:
     """Count the different pieces of several architectures of one size, each pass on and off."""
     import transformers
 
-    from precast.backend import cut_and_write, pack_nothing
     from precast.capture.dynamo import capture_call
     from precast.config import CompilationConfig
+    from precast.drawing import cut_and_write, pack_nothing
     from precast.owner import find_forward
 
     def texts(name: str, passes: Sequence[str]) -> set[str]:

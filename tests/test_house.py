@@ -137,8 +137,10 @@ def test_every_folder_is_a_package() -> None:
         ("precast.monitoring.prometheus", ["torch", "prometheus_client"]),
         ("precast.monitoring.opentelemetry", ["torch", "opentelemetry"]),
         ("precast.monitoring.progress", ["torch", "rich"]),
-        ("precast.cache", ["torch", "cryptography", "precast.cache.bundle"]),
-        ("precast.cache.bundle, precast.cache.trust", ["torch", "cryptography"]),
+        ("precast.cache", ["torch", "cryptography", "precast.cache.bundle_format"]),
+        ("precast.cache.bundle", ["torch", "cryptography", "precast.cache.bundle_writing"]),
+        ("precast.cache.bundle_reading, precast.cache.bundle_writing", ["torch", "cryptography"]),
+        ("precast.cache.trust", ["torch", "cryptography"]),
     ],
 )
 def test_imports_stay_light(module: str, absent: list[str]) -> None:

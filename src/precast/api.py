@@ -170,7 +170,7 @@ def save_bundle(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         PrecastError: The model has nothing that can be kept, or the file cannot be written.
     """
-    from precast.cache.bundle import keys_of
+    from precast.cache.bundle_writing import keys_of
     from precast.errors import BundleIncompleteError
 
     compiled = _compiled_of(model)

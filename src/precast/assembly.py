@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from precast.contract import Binding, Contract, bind, decode, encode
+from precast.binding import Binding, bind
+from precast.contract import Contract, decode, encode
 from precast.errors import ArtifactIncompatibleError, Reason
 from precast.machine import python_identity
 from precast.runtime.packed import CannotPack, pack

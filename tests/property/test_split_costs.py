@@ -16,7 +16,8 @@ from precast.split.by_compute import SplitByCompute
 from precast.split.by_memory import SplitByMemory, smallest_budget
 from precast.split.clean import clean_graph
 from precast.split.cost import CostModel
-from precast.split.plan import Placement, Splitter, Storages, is_idle, make_plan, stretches
+from precast.split.plan import Placement, Splitter, is_idle, make_plan, stretches
+from precast.split.storages import Storages
 from property.test_split_stitch import Drawing, drawings, inputs, trace
 
 random_graphs = settings(

@@ -14,7 +14,7 @@ import torch
 
 import precast
 from precast.cache import DiskCache
-from precast.cache.bundle import write_bundle
+from precast.cache.bundle_format import write_bundle
 from precast.cache.manifest import decode_manifest, encode_manifest
 from precast.cache.trust import generate_key
 from precast.errors import BundleIncompleteError
@@ -41,7 +41,7 @@ print([event.tier for event in events if type(event).__name__ == "CacheHit"])
 
 _LOAD = """
 import sys
-from precast.cache.bundle import load_bundle
+from precast.cache.bundle_reading import load_bundle
 from precast.cache import DiskCache
 from precast.cache.trust import Trust, load_public_keys
 load_bundle(sys.argv[1], DiskCache(sys.argv[2]), trust=Trust(load_public_keys([sys.argv[3]])))

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precast import api, assembly, candidates, contract, serving
+from precast import api, assembly, binding, candidates, contract, serving
 from precast.capture import dynamo
 from system import models
 from system.models import (
@@ -98,29 +98,29 @@ def replaced() -> Iterator[Replaced]:
 
 def without_values(replaced: Replaced) -> None:
     """Every check of a model's values says yes."""
-    replaced.attribute(contract, "_holds", lambda *_: True)
+    replaced.attribute(binding, "_holds", lambda *_: True)
 
 
 def without_code(replaced: Replaced) -> None:
     """All code has one digest."""
-    for module in (contract, dynamo):
+    for module in (binding, contract, dynamo):
         replaced.attribute(module, "digest_code", lambda _: "same")
 
 
 def without_state(replaced: Replaced) -> None:
     """The process has no state."""
-    for module in (contract, dynamo):
+    for module in (binding, dynamo):
         replaced.attribute(module, "ambient_state", dict)
 
 
 def without_hooks(replaced: Replaced) -> None:
     """No hook is seen."""
-    replaced.attribute(contract, "_hook_dicts", lambda *_: [])
+    replaced.attribute(binding, "_hook_dicts", lambda *_: [])
 
 
 def without_specs(replaced: Replaced) -> None:
     """All tensors are alike."""
-    for module in (contract, dynamo):
+    for module in (binding, contract, dynamo):
         replaced.attribute(module, "tensor_spec", lambda _: [])
 
 
@@ -131,7 +131,7 @@ def without_fingerprint(replaced: Replaced) -> None:
 
 def without_attention(replaced: Replaced) -> None:
     """A running model never looks whether something was touched."""
-    replaced.attribute(contract.Binding, "is_current", lambda _: True)
+    replaced.attribute(binding.Binding, "is_current", lambda _: True)
 
 
 Off = Callable[[Replaced], None]

@@ -265,10 +265,11 @@ def draw_call(
         UnrecordableError: Each start would have to trace it.
         PrecastError: It cannot be captured or cut.
     """
-    from precast.backend import blueprint_of, pack_nothing
+    from precast.backend import blueprint_of
     from precast.capture.dynamo import capture_call
     from precast.capture.fingerprint import example_shapes
     from precast.contract import Unrecordable
+    from precast.drawing import pack_nothing
     from precast.events import Event, FellBack
 
     events: list[Event] = []

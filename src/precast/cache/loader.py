@@ -131,8 +131,8 @@ class CacheLoader:
     def save_bundle(
         self, path: str | os.PathLike[str], keys: Iterable[str] | None = None
     ) -> dict[str, Any]:
-        """Write what some keys need, or everything, into one file: see `bundle.create_bundle`."""
-        from precast.cache.bundle import create_bundle
+        """Write what some keys need, or everything, into one file: see `create_bundle`."""
+        from precast.cache.bundle_writing import create_bundle
 
         layered = self._layered
         return create_bundle(path, layered.tiers, keys, trust=layered.trust, emit=self._emit)

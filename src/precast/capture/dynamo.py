@@ -18,18 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from precast.capture.call_check import require_tensor, signature_of
 from precast.capture.fingerprint import tensors_in
-from precast.capture.guards import (
-    GuardRecorder,
-    Path,
-    Scope,
-    parse_place,
-    readable,
-    require_tensor,
-    root_of,
-    signature_of,
-    symbol_ranges,
-)
+from precast.capture.guards import GuardRecorder, symbol_ranges
+from precast.capture.places import Path, Scope, parse_place, readable, root_of
 from precast.contract import (
     Contract,
     Unrecordable,

@@ -40,7 +40,7 @@ def create(
 
     Signed where the setting `signing_key` names a key.
     """
-    from precast.cache.bundle import create_bundle
+    from precast.cache.bundle_writing import create_bundle
 
     config = settings(cache_dir)
     tiers = open_tiers(config)
@@ -53,7 +53,7 @@ def create(
 @app.command("inspect")
 def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle says it holds, and what it needs of a machine."""
-    from precast.cache.bundle import inspect_bundle
+    from precast.cache.bundle_reading import inspect_bundle
     from precast.cli.output import as_bytes, as_seconds, print_json, print_line, print_table
 
     found = inspect_bundle(file)
@@ -96,7 +96,7 @@ def verify(file: FileArgument, as_json: JsonOption = False) -> None:
 
     Unsigned content passes where the setting `allow_unsigned` says so.
     """
-    from precast.cache.bundle import verify_bundle
+    from precast.cache.bundle_reading import verify_bundle
 
     _show(verify_bundle(file, read_trust(settings(None))), as_json)
 
@@ -104,7 +104,7 @@ def verify(file: FileArgument, as_json: JsonOption = False) -> None:
 @app.command("load")
 def load(file: FileArgument, cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
     """Copy what a bundle holds into the cache, after checking all of it; needs no compiler."""
-    from precast.cache.bundle import load_bundle
+    from precast.cache.bundle_reading import load_bundle
 
     trust = read_trust(settings(cache_dir))
     _show(load_bundle(file, open_disk(cache_dir), trust=trust), as_json)

@@ -1,6 +1,6 @@
 """The pieces of a cut plan as graph modules, and the graph that calls them.
 
-Nothing is decided here: what crosses a cut is `plan.Boundaries`'s answer. The stitching graph runs
+Nothing is decided here: what crosses a cut is `boundaries.py`'s answer. The stitching graph runs
 as it is, and then equals the original; `stitch.py` writes it as plain Python.
 """
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from precast.split.boundaries import BEFORE_ALL, Boundaries
 from precast.split.nodes import is_number, is_removable, is_size, value_of
-from precast.split.plan import BEFORE_ALL, Boundaries, CutPlan, Partition
+from precast.split.plan import CutPlan, Partition
 from precast.values import Value
 
 

@@ -35,7 +35,8 @@ class SplitByCompute(Value):
     def place(self, graph_module: GraphModule) -> Placement:
         """Name each operator after the piece that it belongs to."""
         from precast.split.cost import CostModel
-        from precast.split.plan import Placement, Storages, is_idle, stretches
+        from precast.split.plan import Placement, is_idle, stretches
+        from precast.split.storages import Storages
 
         costs, storages = CostModel(graph_module), Storages(graph_module)
         units = [unit for stretch in stretches(graph_module) for unit in stretch]

@@ -10,7 +10,8 @@ from precast.values import Value
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-    from precast.split.plan import Placement, Storages
+    from precast.split.plan import Placement
+    from precast.split.storages import Storages
 
 
 class SplitByMemory(Value):
@@ -75,7 +76,8 @@ class _Lives:
 
     def __init__(self, graph_module: GraphModule, operator_bytes: int) -> None:
         from precast.split.cost import CostModel
-        from precast.split.plan import Storages, stretches
+        from precast.split.plan import stretches
+        from precast.split.storages import Storages
 
         self._costs = CostModel(graph_module)
         self._storages = Storages(graph_module)

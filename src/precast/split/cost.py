@@ -25,7 +25,7 @@ from precast.split.nodes import (
     value_of,
     written_arguments,
 )
-from precast.split.plan import Storages
+from precast.split.storages import Storages
 from precast.torch_private import count_flops
 
 #: Bytes moved count as so many FLOPs: a CPU core computes about ten in the time of one byte, a

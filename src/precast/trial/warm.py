@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import precast
-from precast.cache.bundle import keys_of
+from precast.cache.bundle_writing import keys_of
 from precast.errors import ModelError
 from precast.events import Event, TierFailed
 from precast.trial.inputs import describe_call, make_calls

@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 
 from precast.cache import CacheLoader, CacheStorage, DiskCache, MemoryCache
-from precast.cache.bundle import (
-    BundleCache,
-    create_bundle,
-    inspect_bundle,
-    keys_of,
-    load_bundle,
-    verify_bundle,
-    write_bundle,
-)
+from precast.cache.bundle import BundleCache
+from precast.cache.bundle_format import write_bundle
+from precast.cache.bundle_reading import inspect_bundle, load_bundle, verify_bundle
+from precast.cache.bundle_writing import create_bundle, keys_of
 from precast.cache.collect import prune
 from precast.cache.interface import CacheInterface
 from precast.cache.manifest import encode_body
@@ -439,7 +434,7 @@ def test_a_bundle_for_another_gpu_or_python_is_refused(tmp_path: Path, disk: Dis
 
 def test_what_is_known_without_torch_agrees_with_torch() -> None:
     """Read from its files, without importing it."""
-    from precast.cache.bundle import _is_alike
+    from precast.cache.bundle_format import _is_alike
     from precast.graph.key import toolchain_parts
 
     known, exact = parts_without_torch("cpu"), toolchain_parts("cpu")
