@@ -125,9 +125,9 @@ def bind(
         return _bind(contract, function, owner, ambient_state() if state is None else state)
     except Mismatch as mismatch:
         return Reason(
-            "stale-assembly",
+            "outside-contract",
             f"{mismatch}; the model is captured again",
-            "Nothing to do: the new capture replaces this one",
+            "Nothing to do: the new capture has an assembly of its own",
         )
 
 

@@ -206,7 +206,7 @@ def test_a_model_that_does_not_fit_is_refused_in_words(
     found = bind(contract, Model.forward, model)
 
     assert isinstance(found, Reason)
-    assert found.code == "stale-assembly"
+    assert found.code == "outside-contract"
     assert said in found.message
 
 
