@@ -358,8 +358,8 @@ def run_cold(
     url = f"{redis.url}?prefix={name}&deadline_ms=20000&connect_ms=20000"
     processes = []
     for i in range(number):
-        given = json.dumps([str(folder / f"{name}-{i}"), f"disk,{url}", layers])
-        command = [sys.executable, str(COLD_START), given]
+        given = [str(folder / f"{name}-{i}"), f"disk,{url}", f"--layers={layers}"]
+        command = [sys.executable, str(COLD_START), *given]
         processes.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
