@@ -343,7 +343,7 @@ def open_assembly(
 
 
 def _with_constant(code: types.CodeType, place: Sequence[int], value: Any) -> types.CodeType:
-    """Put back a constant that `marshal` could not hold (`capture.dynamo`)."""
+    """Put back a constant that `marshal` could not hold (`capture.entry_code`)."""
     constants = list(code.co_consts)
     first, *inner = place
     constants[first] = _with_constant(constants[first], inner, value) if inner else value

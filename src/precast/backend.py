@@ -50,7 +50,7 @@ def blueprint_of(
     Raises:
         SplitError: The graph cannot be cut.
     """
-    from precast.capture.dynamo import native_digests
+    from precast.capture.digests import native_digests
     from precast.stitch import SerializableFunction
 
     assert capture.contract is not None

@@ -281,7 +281,7 @@ def _read_sizes(
     graph_module: torch.fx.GraphModule, sources: Mapping[str, str], arguments: Sequence[str]
 ) -> None:
     """Replace sizes that enter the graph by reading them from the tensors that enter it."""
-    from precast.capture.dynamo import size_of
+    from precast.capture.places import size_of
 
     graph = graph_module.graph
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}

@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precast import api, assembly, binding, candidates, contract, serving
-from precast.capture import dynamo
+from precast.capture import digests, dynamo
 from system import models
 from system.models import (
     Block,
@@ -103,7 +103,7 @@ def without_values(replaced: Replaced) -> None:
 
 def without_code(replaced: Replaced) -> None:
     """All code has one digest."""
-    for module in (binding, contract, dynamo):
+    for module in (binding, contract, digests, dynamo):
         replaced.attribute(module, "digest_code", lambda _: "same")
 
 

@@ -2,35 +2,27 @@
 
 The parent owns time and memory. A worker that is late or too large is ended, with its children
 (g++ too); one that died is replaced and its job tried once more. Nothing of what a worker answers
-is unpickled. This module neither imports torch nor knows what is compiled.
+is unpickled. This module neither imports torch nor knows what is compiled. How one worker is
+started, talked to and ended is in `worker_process`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import queue
-import selectors
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from precast.background.limits import end_process
-from precast.background.usage import UsageMeter, processes_of
-from precast.cache.scratch import OwnFolder
+from precast.background.usage import UsageMeter
+from precast.background.worker_process import WorkerProcess
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import (
-    CompileCrashedError,
     CompileError,
     CompileMemoryError,
     CompileTimeoutError,
@@ -38,10 +30,6 @@ from precast.errors import (
 )
 from precast.events import CompileStarted, Emit, JobFinished
 
-_TERMINATE_S = 1.0  # Between asking a worker to end and making it.
-_START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
-_STDERR_BYTES = 4000
-_SAMPLE_S = 0.2
 _ORPHAN_S = 10  # Beyond a job's deadline; by then its parent has ended it, or is gone.
 _LONGEST_S = 1 << 30  # What an alarm takes; 34 years are no limit either.
 _EXIT_S = 0.5  # For killed workers to be gone, at the interpreter's exit.
@@ -90,7 +78,7 @@ class CompileService:
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._idle = 0
         self._waiting = 0
 
@@ -161,7 +149,7 @@ class CompileService:
         for worker in self._kill_workers():
             worker.remove_folder(_EXIT_S)
 
-    def _kill_workers(self) -> list[_Worker]:
+    def _kill_workers(self) -> list[WorkerProcess]:
         # With the lock no thread starts another one; none does once `_is_closed` is set.
         with self._starting:
             for worker in self._workers:
@@ -178,7 +166,7 @@ class CompileService:
         thread.start()
 
     def _serve(self, number: int) -> None:
-        worker: _Worker | None = None
+        worker: WorkerProcess | None = None
         try:
             with contextlib.suppress(CompileError):  # Closed before it has begun.
                 worker = self._start(number)
@@ -209,7 +197,7 @@ class CompileService:
             if worker is not None:
                 self._end(worker)
 
-    def _start(self, number: int) -> _Worker:
+    def _start(self, number: int) -> WorkerProcess:
         environment = self._environment
         if self._devices:
             device = self._devices[number % len(self._devices)]
@@ -217,11 +205,11 @@ class CompileService:
         with self._starting:
             if self._is_closed.is_set():
                 raise CompileError("?", "worker", "the compile service was closed")
-            worker = _Worker(environment, self._memory_bytes)
+            worker = WorkerProcess(environment, self._memory_bytes)
             self._workers.append(worker)
         return worker
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: WorkerProcess) -> None:
         worker.end()
         with self._starting:
             if worker in self._workers:
@@ -282,7 +270,7 @@ class CompileService:
             worker, meter = run.worker, UsageMeter(run.worker.pid, self._memory_bytes)
             run.meters.append(meter)
 
-            def watch(worker: _Worker = worker, meter: UsageMeter = meter) -> None:
+            def watch(worker: WorkerProcess = worker, meter: UsageMeter = meter) -> None:
                 held = meter.look()
                 if self._memory_bytes is not None and (held or 0) > self._memory_bytes:
                     self._end(worker)
@@ -356,7 +344,7 @@ class CompileService:
 class _Run:
     """One job on its way: the worker that has it now, and what all of them took."""
 
-    def __init__(self, job: CompileJob, worker: _Worker) -> None:
+    def __init__(self, job: CompileJob, worker: WorkerProcess) -> None:
         self.job = job
         self.worker = worker
         self.attempts = 0
@@ -374,141 +362,3 @@ class _Run:
         written = [m.written_bytes for m in self.meters if m.written_bytes is not None]
         self.cpu_seconds = sum(times) if times else None
         self.written_bytes = sum(written) if written else None
-
-
-class _Worker:
-    """One worker process and the pipes to it. Used by one thread."""
-
-    def __init__(self, environment: Mapping[str, str], memory_bytes: int | None) -> None:
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`.
-        # Should both be killed, the next collection of a cache removes it.
-        self._own_folder = OwnFolder("worker")
-        self._folder = self._own_folder.make()
-        env = {
-            **{name: value for name, value in os.environ.items() if name != "TMPDIR"},
-            # A killed g++ leaves its files behind: it asks TMPDIR, then TMP for a place. Python
-            # asks TEMP before TMP, and what Inductor shares between processes lies there.
-            "TMP": self._folder,
-            "TEMP": tempfile.gettempdir(),
-            # What this process can import, a worker can: user's operators live in their packages.
-            "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-            "PRECAST_WORKER_PARENT": str(os.getpid()),
-            "PRECAST_WORKER_FOLDER": self._folder,
-            # A second line behind the watch, for what grows faster than it looks. Twice as much:
-            # it counts what a process has reserved, used or not.
-            "PRECAST_WORKER_MEMORY": "" if memory_bytes is None else str(2 * memory_bytes),
-            "PRECAST_DISABLE": "",
-            "TORCH_WARM_POOL": "0",  # Inductor's own pool of workers.
-            **environment,
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "precast.background.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=env,
-            start_new_session=True,  # A group of its own, so that g++ can be ended with it.
-        )
-        self.pid = self._process.pid
-        self._known: set[int] = set()
-        self._buffer = b""
-        self._is_ready = False
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def wait_until_ready(self, clock: Callable[[], float], stop: threading.Event) -> None:
-        """Wait for the worker's imports, outside of a piece's own time. One that dies is found out
-        by the next `send` or `receive`.
-        """
-        if self._is_ready:
-            return
-        with contextlib.suppress(EOFError):
-            answer = self.receive(clock() + _START_S, clock, stop)
-            self._is_ready = answer is not None and "ready" in answer
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def receive(
-        self,
-        deadline: float,
-        clock: Callable[[], float],
-        stop: threading.Event,
-        watch: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any] | None:
-        """Return the next message; None when the time is over or `stop` is set.
-
-        `watch` is called several times a second; what it raises ends the waiting.
-
-        Raises:
-            EOFError: The worker is gone.
-        """
-        assert self._process.stdout is not None
-        while b"\n" not in self._buffer:
-            left = deadline - clock()
-            if left <= 0 or stop.is_set():
-                return None
-            watch()
-            if self._selector.select(min(left, _SAMPLE_S)):
-                chunk = self._process.stdout.read(1 << 16)
-                if chunk == b"":
-                    raise EOFError
-                self._buffer += chunk or b""
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def crash(self, piece: str, compiler: str) -> CompileCrashedError:
-        """Wait for a worker that is ending; return what it died of."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_TERMINATE_S)
-        code = self._process.poll()
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - _STDERR_BYTES))
-        said = self._stderr.read().decode(errors="replace")
-        if code is not None and code < 0:
-            return CompileCrashedError(piece, compiler, signal=-code, stderr=said)
-        return CompileCrashedError(piece, compiler, exit_code=code, stderr=said)
-
-    def kill(self) -> None:
-        """Kill the worker and all that it started; returns at once. From any thread."""
-        self._signal(signal.SIGKILL)
-
-    def end(self) -> None:
-        """Terminate the worker and what it started, then kill it. Returns when it is gone."""
-        if self._process.poll() is None:
-            self._signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_TERMINATE_S)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-        self._selector.close()
-        for pipe in (self._process.stdin, self._process.stdout, self._stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self.remove_folder(0.0)
-
-    def remove_folder(self, patience_s: float) -> None:
-        """Remove the worker's temporary files, once it is gone or patience is at its end."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience_s)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._own_folder.close()
-
-    def _signal(self, kind: signal.Signals) -> None:
-        # The tree as well as the group: a child may have made a group of its own.
-        self._known |= processes_of(self.pid, self._known)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, kind)
-        if kind == signal.SIGKILL:
-            for pid in self._known - {self.pid}:
-                end_process(pid)

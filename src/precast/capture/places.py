@@ -7,6 +7,7 @@ says whose it is; what has to hold at a place is for `guards.py`.
 from __future__ import annotations
 
 import ast
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -147,6 +148,12 @@ def root_of(expression: str) -> tuple[str, str] | None:
         and isinstance(node.slice.value, str)
     }
     return roots.pop() if len(roots) == 1 else None
+
+
+def size_of(source: str) -> tuple[str, str, int] | None:
+    """Split `X.size()[1]` into (`X`, "size", 1); None where the source is something else."""
+    found = re.fullmatch(r"(.*)\.(size|stride)\(\)\[(\d+)\]", source)
+    return (found[1], found[2], int(found[3])) if found else None
 
 
 def readable(path: Path) -> str:

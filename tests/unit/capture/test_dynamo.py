@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.codegen import PyCodegen
 from torch._dynamo.output_graph import OutputGraph
 
-from precast.capture.dynamo import capture_call, code_digests, size_of
+from precast.capture.dynamo import capture_call
 from precast.contract import ambient_state
 from precast.errors import CaptureError
 
@@ -106,29 +106,6 @@ def test_a_call_that_eager_refuses_prints_nothing(capfd: pytest.CaptureFixture[s
         capture_call(Model.forward, Model(), (torch.randn(3, 5),), {})
 
     assert capfd.readouterr().err == ""
-
-
-def test_a_size_is_told_from_a_tensor() -> None:
-    assert size_of("L['x'].size()[1]") == ("L['x']", "size", 1)
-    assert size_of("L['x'].stride()[0]") == ("L['x']", "stride", 0)
-    assert size_of("L['x']") is None
-
-
-def patched(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def test_a_function_in_a_methods_place_is_looked_for_in_that_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """
-    What was captured while a method was patched must not serve a process that does not patch.
-    """
-    monkeypatch.setattr(Inner, "forward", patched)
-    model = Model()
-    code, _ = code_digests([patched.__code__], Model.forward, model)
-
-    assert f"{__name__}:Inner.forward" in [path for path, _ in code]
 
 
 def test_captures_in_several_threads_do_not_spoil_each_other() -> None:

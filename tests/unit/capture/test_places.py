@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from precast.capture.places import PlaceTable, parse_place, readable, root_of
+from precast.capture.places import PlaceTable, parse_place, readable, root_of, size_of
 from precast.contract import Unrecordable
 
 
@@ -36,6 +36,12 @@ def test_what_is_no_place_is_refused(expression: str) -> None:
 def test_two_roots_are_none() -> None:
     assert root_of("L['x'][L['i']]") is None
     assert root_of("not python") is None
+
+
+def test_a_size_is_told_from_a_tensor() -> None:
+    assert size_of("L['x'].size()[1]") == ("L['x']", "size", 1)
+    assert size_of("L['x'].stride()[0]") == ("L['x']", "stride", 0)
+    assert size_of("L['x']") is None
 
 
 def test_every_prefix_is_one_row_of_the_table() -> None:
