@@ -10,7 +10,7 @@ from precast.errors import Reason
 from precast.events import ArtifactRefused, AssemblyLoaded
 
 if TYPE_CHECKING:
-    from precast.manager import PieceResult
+    from precast.piece_result import PieceResult
     from precast.serving import CompiledModel
     from precast.session import Session
 

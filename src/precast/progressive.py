@@ -33,7 +33,7 @@ from precast.background.skeleton import CannotSendError, hollow
 from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
-from precast.manager import PieceResult, pending_result
+from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
 from precast.runtime.gate import CallGate
 

@@ -41,7 +41,7 @@ from precast.session import Session
 
 if TYPE_CHECKING:
     from precast.blueprint import Blueprint
-    from precast.manager import PieceResult
+    from precast.piece_result import PieceResult
     from precast.progressive import BackgroundCompiler, Request
     from precast.runtime.slot import SlotTable
 
@@ -690,7 +690,7 @@ class CompiledModel:
 
     def _note_unkept(self, key: str, reason: Reason) -> None:
         """Note that a capture leaves nothing to load: then no process need wait for another's."""
-        self.session.manager.remember(key, reason, ("capture-failed",))
+        self.session.manager.failures.remember(key, reason, ("capture-failed",))
 
     def _fall_back(self, signature: str, error: PrecastError, key: str) -> None:
         self._note_unkept(key, error.reason)

@@ -13,6 +13,7 @@ import torch
 
 from precast.cache import DiskCache, open_cache
 from precast.cache.trust import NO_KEYS, SigningKey, Trust
+from precast.compilers.chosen import check_compiler
 from precast.compilers.interface import CompiledPiece
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.config import CompilationConfig
@@ -31,7 +32,7 @@ from precast.events import (
     TierFailed,
 )
 from precast.graph.piece import Piece
-from precast.manager import CompilerManager, check_compiler
+from precast.manager import CompilerManager
 from precast.passes.chosen import choose
 from unit.compilers.example_pieces import TINY
 
@@ -166,7 +167,7 @@ def test_a_miss_is_told_once_a_piece_with_the_parts_of_its_key(tmp_path: Path) -
     setup = Setup(tmp_path, Planted(), mode="cache_only")
     setup.manager.compile([TINY], ["tiny"])
     [missed] = [event for event in setup.events if isinstance(event, PieceMissed)]
-    key = setup.manager.compute_hash_keys(TINY, setup.manager.make_compiler())
+    key = setup.manager.compilers.compute_hash_keys(TINY, Planted())
     assert missed == PieceMissed("tiny", key.digest, key.parts)
 
     kept_nowhere = Setup(tmp_path, Planted(is_saveable=False))
@@ -178,7 +179,7 @@ def test_a_record_is_enough_to_load_a_piece(tmp_path: Path) -> None:
     [result] = Setup(tmp_path, Planted()).manager.compile([TINY], ["tiny"])
     assert result.record is not None
 
-    call = Setup(tmp_path, Planted()).manager.load(result.record)
+    call = Setup(tmp_path, Planted()).manager.stored.load(result.record)
     assert call is not None
     assert call(X)[0].sum() == 12
 
@@ -231,8 +232,8 @@ def test_nothing_unsigned_is_unpickled_whatever_the_settings(tmp_path: Path) -> 
     for _ in range(2):  # The second time, the marked copy in the own tier.
         compiler = Planted()
         admitted = Setup(tmp_path / "b", compiler, shared=shared, trust=Trust(allow_unsigned=True))
-        piece_key = admitted.manager.compute_hash_keys(TINY, compiler).digest
-        assert admitted.manager.find(TINY, "tiny") is None
+        piece_key = admitted.manager.compilers.compute_hash_keys(TINY, compiler).digest
+        assert admitted.manager.stored.find(TINY, "tiny") is None
         assert compiler.num_loads == 0
         [event] = [event for event in admitted.events if isinstance(event, ArtifactRefused)]
         assert event.key == piece_key
@@ -255,7 +256,7 @@ def test_inductors_own_artifact_is_not_opened_unsigned(tmp_path: Path, is_marked
         "seconds": 1.0,
         **({"unsigned": True} if is_marked == "record" else {}),
     }
-    assert setup.manager.load(record, unsigned=is_marked == "assembly") is None
+    assert setup.manager.stored.load(record, unsigned=is_marked == "assembly") is None
     assert setup.kinds(ArtifactRefused) == ["ArtifactRefused"]
 
 
@@ -536,7 +537,7 @@ def test_a_compile_that_was_called_off_says_nothing_of_the_piece(tmp_path: Path)
     [result] = setup.manager.compile([TINY], ["tiny"])
     assert result.compiler == "eager"
     assert result.record is not None
-    assert not setup.manager.still_stands(result.record)
+    assert not setup.manager.failures.still_stands(result.record)
     assert len(try_again(tmp_path).service.jobs) == 1
 
 
@@ -547,14 +548,14 @@ def test_a_record_of_a_failed_piece_counts_as_long_as_the_failure(tmp_path: Path
     setup = Setup(tmp_path, Planted(), TIMEOUT)
     [result] = setup.manager.compile([TINY], ["tiny"])
     assert result.record is not None
-    assert setup.manager.still_stands(result.record)
-    reason = setup.manager.reason_of(result.record)
+    assert setup.manager.failures.still_stands(result.record)
+    reason = setup.manager.failures.reason_of(result.record)
     assert reason is not None
     assert "remembered from" in reason.message
     setup.now_s += 86401
-    assert not setup.manager.still_stands(result.record)
-    assert not setup.manager.still_stands({**result.record, "failure": None})
-    assert setup.manager.still_stands({**result.record, "reason": None, "failure": None})
+    assert not setup.manager.failures.still_stands(result.record)
+    assert not setup.manager.failures.still_stands({**result.record, "failure": None})
+    assert setup.manager.failures.still_stands({**result.record, "reason": None, "failure": None})
 
 
 def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
@@ -568,7 +569,7 @@ def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
         {**failure, "reason": {"code": "nonsense", "message": "", "remedy": ""}},
         {**failure, "reason": None},
     ):
-        assert not setup.manager.still_stands({**result.record, "failure": bad})
+        assert not setup.manager.failures.still_stands({**result.record, "failure": bad})
 
 
 # -- one compile for all
@@ -663,7 +664,7 @@ def test_what_a_dead_holder_left_is_taken_over(tmp_path: Path) -> None:
     setup = slow_setup(tmp_path, 0.0)
     leases = DiskCache(tmp_path).leases
     assert leases is not None
-    work = setup.manager._work_name(TINY)
+    work = setup.manager.compilers.work_name(TINY)
     assert leases.try_acquire(work, "dead", 0.5)
     [result] = setup.manager.compile([TINY], ["tiny"])
     assert outcomes(setup) == ["taken over"]
@@ -684,14 +685,14 @@ def test_closing_ends_the_waiting(tmp_path: Path) -> None:
     setup = slow_setup(tmp_path, 0.0)
     leases = DiskCache(tmp_path).leases
     assert leases is not None
-    assert leases.try_acquire(setup.manager._work_name(TINY), "other", 600.0)
+    assert leases.try_acquire(setup.manager.compilers.work_name(TINY), "other", 600.0)
     thread, results = in_thread(setup)
     time.sleep(0.2)
     setup.manager.close()
     thread.join(10)
     assert not thread.is_alive()
     assert results[0].compiler == "eager"
-    leases.release(setup.manager._work_name(TINY), "other")
+    leases.release(setup.manager.compilers.work_name(TINY), "other")
 
 
 def test_one_of_several_has_its_turn(tmp_path: Path) -> None:
@@ -711,7 +712,7 @@ def test_one_of_several_has_its_turn(tmp_path: Path) -> None:
                 if makes:
                     made.append(i)
                 else:
-                    managers[i].remember(work, TIMEOUT.reason, ("capture-failed",))
+                    managers[i].failures.remember(work, TIMEOUT.reason, ("capture-failed",))
 
     for makes, expected in ((True, ["did it", "found", "found"]), (False, ["did it"] * 3)):
         made.clear()
@@ -756,9 +757,9 @@ def test_who_holds_the_lease_of_a_whole_waits_for_no_part(tmp_path: Path) -> Non
     setup = slow_setup(tmp_path, 0.0)
     leases = DiskCache(tmp_path).leases
     assert leases is not None
-    assert leases.try_acquire(setup.manager._work_name(TINY), "other", 600.0)
+    assert leases.try_acquire(setup.manager.compilers.work_name(TINY), "other", 600.0)
     [result] = setup.manager.compile([TINY], ["tiny"], may_wait=False)
-    leases.release(setup.manager._work_name(TINY), "other")
+    leases.release(setup.manager.compilers.work_name(TINY), "other")
     assert result.call(X)[0].sum() == 12
     assert len(setup.service.jobs) == 1
     assert outcomes(setup) == []
@@ -769,7 +770,7 @@ def test_a_record_in_parts_stands_as_long_as_each_part_does(tmp_path: Path) -> N
     [result] = setup.manager.compile([TINY], ["tiny"])
     sound = {"key": "k", "compiler": "planted", "details": {}, "files": {}}
     whole = {"kind": "parts", "details": {"records": [sound, result.record]}}
-    assert setup.manager.still_stands(whole)
+    assert setup.manager.failures.still_stands(whole)
     setup.now_s += 2 * 86400.0
-    assert not setup.manager.still_stands(whole)
-    assert setup.manager.still_stands({"kind": "parts", "details": {"records": [sound]}})
+    assert not setup.manager.failures.still_stands(whole)
+    assert setup.manager.failures.still_stands({"kind": "parts", "details": {"records": [sound]}})
