@@ -11,9 +11,9 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from precast.cache.lease import machine_identity
 from precast.cache.names import FAILURE_PREFIX
 from precast.errors import Reason
+from precast.machine import machine_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
