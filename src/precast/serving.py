@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from precast.assemblies import Assemblies
-from precast.assembly import Assembly, LoadedAssembly
+from precast.assembly import LoadedAssembly
 from precast.capture.fingerprint import call_signature, model_fingerprint
 from precast.describe import refusals
 from precast.errors import CaptureError, PrecastError, Reason, in_words
@@ -34,9 +34,7 @@ from precast.session import Session
 from precast.why_eager import MOST_FAILED_CALLS, WhyEager
 
 if TYPE_CHECKING:
-    from precast.piece_result import PieceResult
     from precast.progressive import BackgroundCompiler, Request
-    from precast.runtime.slot import SlotTable
 
 
 class CompiledModel:
@@ -224,7 +222,7 @@ class CompiledModel:
         # Looking it up takes longer than many a call: that is done behind as well, unless no
         # other thread can take on the state that this one is in.
         if not is_behind or torch._C._len_torch_function_stack():
-            key = self._assembly_key(signature)
+            key = self.assembly_key(signature)
             with no_collection():
                 loaded = self.assemblies.load(key, self.function, args, kwargs, started)
             if loaded is not None:
@@ -245,7 +243,7 @@ class CompiledModel:
                 ),
             )
             return None
-        if self._is_full(signature):
+        if self.is_full(signature):
             return None
         if self.assemblies.loaded:
             self._report_outside(args, kwargs)
@@ -286,7 +284,7 @@ class CompiledModel:
                 self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
         return None
 
-    def _is_full(self, signature: str) -> bool:
+    def is_full(self, signature: str) -> bool:
         """Give a signature up where enough of them are compiled; return whether so."""
         most = self.session.config.max_assemblies
         if len(self.assemblies.loaded) < most:
@@ -307,7 +305,8 @@ class CompiledModel:
             self._report_outside(args, kwargs)
         return Request(self, signature, args[self._num_owners :], kwargs)
 
-    def _assembly_key(self, signature: str) -> str:
+    def assembly_key(self, signature: str) -> str:
+        """Return the key of what serves calls of a signature."""
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.function, self.owner)
         device = device_of(self.owner, signature)
@@ -342,7 +341,7 @@ class CompiledModel:
         assembly, slots = blueprint.assembly(results), slot_table(blueprint.slots, results)
         loaded = self.assemblies.open(key, assembly, slots, self.function)
         self.assemblies.bind_new(loaded, self.function)
-        self._keep(loaded, key)
+        self.keep(loaded, key)
         self.assemblies.add(loaded)
         self.assemblies.note_start(loaded, time.perf_counter() - started, results)
         problem = loaded.why_not(args, kwargs)
@@ -355,7 +354,7 @@ class CompiledModel:
             return None
         return loaded
 
-    def _keep(self, loaded: LoadedAssembly, key: str) -> None:
+    def keep(self, loaded: LoadedAssembly, key: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
         if not self.assemblies.publish(loaded, key):
             self._note_unkept(
@@ -380,89 +379,7 @@ class CompiledModel:
 
         self._traced = let_dynamo_trace(self.function, self.session, note_failed_call)
 
-    # -- behind: called by the thread of `progressive.py` -------------------------
-
-    # Calls wait for the lock at times: it is held for moments only.
-
-    def is_served(self, request: Request) -> bool:
-        """Whether no compile is needed for a call like the one that asked.
-
-        By what was loaded meanwhile, by what is stored, which is loaded now, or because enough is
-        compiled already.
-        """
-        if self.is_covered(request):
-            return True
-        key = self._assembly_key(request.signature)
-        args, kwargs = self._full(request.args), request.kwargs
-        with request.ambient.around() as is_alike, no_collection():
-            if is_alike and self.assemblies.load(key, self.function, args, kwargs, request.started):
-                return True
-        with self.assemblies.lock:
-            return self._is_full(request.signature)
-
-    def is_covered(self, request: Request) -> bool:
-        """Whether what is loaded by now serves a call like the one that asked."""
-        args = self._full(request.args)
-        return any(
-            loaded.why_not(args, request.kwargs) is None for loaded in self.assemblies.loaded
-        )
-
-    def _full(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.owner, *args) if self._num_owners else args
-
-    def open(self, request: Request, assembly: Assembly, slots: SlotTable) -> LoadedAssembly:
-        """Return an assembly ready to serve the call that asked.
-
-        Raises:
-            CaptureError: Its contract does not hold for the model.
-        """
-        key = self._assembly_key(request.signature)
-        loaded = self.assemblies.open(key, assembly, slots, request.function)
-        with request.ambient.around() as is_alike:
-            if is_alike:  # Else the next call binds it, in its own thread.
-                self.assemblies.bind_new(loaded, request.function)
-        return loaded
-
-    def admit(self, request: Request, loaded: LoadedAssembly) -> None:
-        """Let an assembly serve from the next call on."""
-        with self.assemblies.lock:
-            if self.function is request.function:  # Else it was replaced meanwhile.
-                self.assemblies.add(loaded)
-
-    def replace(
-        self, request: Request, loaded: LoadedAssembly, successor: LoadedAssembly
-    ) -> LoadedAssembly:
-        """Let another form of an assembly serve in its place; calls inside go on with the old."""
-        bound = successor.bound_as(loaded, request.function)
-        if bound is not None:
-            self.assemblies.tie(successor, bound)
-        self.assemblies.replace(loaded, successor)
-        return successor
-
-    def complete(
-        self,
-        request: Request,
-        loaded: LoadedAssembly,
-        assembly: Assembly,
-        results: Sequence[PieceResult],
-    ) -> None:
-        """Publish an assembly all of whose pieces have landed, unless it was thrown away."""
-        if loaded not in self.assemblies.loaded:
-            return
-        loaded.assembly = assembly
-        key = self._assembly_key(request.signature)
-        self.assemblies.rename(loaded, key)
-        self._keep(loaded, key)
-        seconds = time.perf_counter() - request.started
-        with self.assemblies.lock:
-            if not self.is_covered(request):
-                reason = Reason(
-                    "outside-contract",
-                    "what was compiled does not serve the call that asked for it, which runs eager",
-                    "Nothing to do",
-                )
-                self.why_eager.give_up(request.signature, reason)
-        self.assemblies.note_start(loaded, seconds, results)
+    # -- behind: called by the thread of `progressive.py`, as is `handover.py` ---
 
     def fail(self, request: Request, why: PrecastError | Reason) -> None:
         """Run the calls of a request eager from now on."""
@@ -472,7 +389,7 @@ class CompiledModel:
                 return
             if self.session.config.on_error == "raise":
                 self._error = why
-            self._fall_back(request.signature, why, self._assembly_key(request.signature))
+            self._fall_back(request.signature, why, self.assembly_key(request.signature))
 
     def finish(self, request: Request) -> None:
         """Take a request for done, whatever became of it."""

@@ -23,7 +23,7 @@ print(*names(events))
 print(*[name for name in sys.modules
         if name.partition(".")[0] in ("sympy", "triton", "transformers")
         or name.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx",
-                            "precast.on_miss"))])
+                            "precast.on_miss", "precast.cold_start"))])
 """
 
 
@@ -46,7 +46,14 @@ def test_a_warm_process_imports_no_compiler(real_cache: Path, run_python: Any) -
     happened, imported = run_python(_PROGRAM, real_cache, "plain").splitlines()
     assert "AssemblyLoaded" in happened.split()
     assert "PieceLoaded" in happened.split()
-    forbidden = ("torch._dynamo", "torch._inductor", "sympy", "triton", "precast.on_miss")
+    forbidden = (
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "triton",
+        "precast.on_miss",
+        "precast.cold_start",
+    )
     assert [name for name in imported.split() if name.startswith(forbidden)] == []
     assert snapshot(real_cache) == before
 
