@@ -31,6 +31,7 @@ from decoder import build_decoder, decoder_inputs
 from startup import dtype_of, shape_of
 
 import precast
+from precast.compilers.job import CompileJob
 from precast.passes.chosen import choose, load_pass
 from precast.passes.pass_manager import PostGradPassManager
 
@@ -154,9 +155,9 @@ def measure_overhead(
     session = model._compiled_call_impl.compiled.session
     submit = session.manager._submit
 
-    def note(piece: Piece, *rest: Any) -> Any:
-        jobs.append(piece)
-        return submit(piece, *rest)
+    def note(job: CompileJob) -> Any:
+        jobs.append(Piece.from_json(job.piece))
+        return submit(job)
 
     session.manager._submit = note
     model(*inputs)

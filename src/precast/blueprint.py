@@ -14,7 +14,7 @@ from typing import Any
 
 from precast.assembly import Assembly
 from precast.graph.piece import Piece, SymbolRange
-from precast.manager import PieceResult
+from precast.piece_result import PieceResult
 from precast.runtime.slot import Slot, SlotTable
 
 _FIELDS = (

@@ -99,9 +99,9 @@ class Candidates:
         assembly = Assembly.from_json(manifest)
         calls = []
         for record in assembly.pieces:
-            if not self._session.manager.still_stands(record):
+            if not self._session.manager.failures.still_stands(record):
                 return "a piece of it failed, and may be tried again now"
-            call = self._session.manager.load(
+            call = self._session.manager.stored.load(
                 record, name=self._session.name, unsigned=is_unsigned(manifest)
             )
             if call is None:
@@ -117,7 +117,7 @@ class Candidates:
         return open_assembly(assembly, key, slots, function)
 
     def _slot_of_record(self, name: str, record: Mapping[str, Any]) -> Slot:
-        reason = self._session.manager.reason_of(record)
+        reason = self._session.manager.failures.reason_of(record)
         timing = record.get("timing")
         if "eager" in record:
             return Slot(name, compiler="eager", reason=reason, timing=timing)

@@ -276,6 +276,14 @@ class CompilationConfig(Value, kw_only=True):
 
         return Path(self.record).expanduser()
 
+    def dump_path(self) -> str | None:
+        """Return the absolute folder for what passes do, None where none is set."""
+        if self.dump_passes is None:
+            return None
+        from pathlib import Path
+
+        return str(Path(self.dump_passes).expanduser().absolute())
+
     def bundle_paths(self) -> list[str]:
         """Return the bundles to read, in order."""
         return [os.path.expanduser(path) for path in _several(self.bundle)]  # noqa: PTH111

@@ -10,7 +10,7 @@ from precast.errors import Reason
 from precast.events import ArtifactRefused, AssemblyLoaded
 
 if TYPE_CHECKING:
-    from precast.manager import PieceResult
+    from precast.piece_result import PieceResult
     from precast.serving import CompiledModel
     from precast.session import Session
 
@@ -20,8 +20,8 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
     return {
         "model": compiled.session.name,
         "is_disabled": compiled.session.is_disabled,
-        "is_warm": compiled.is_warm,
-        "start_seconds": compiled.start_seconds,
+        "is_warm": compiled.assemblies.is_warm,
+        "start_seconds": compiled.assemblies.start_seconds,
         "settings": {
             name: {"value": value, "from": compiled.session.origins.get(name, "default")}
             for name, value in compiled.session.config.shown().items()
@@ -52,11 +52,11 @@ def describe(compiled: CompiledModel) -> dict[str, Any]:
             for loaded in compiled.dispatcher.loaded
             if isinstance(loaded, LoadedAssembly)
         ],
-        "reasons": [reason.as_dict() for reason in compiled.reasons],
+        "reasons": [reason.as_dict() for reason in compiled.why_eager.reasons],
         "refused": [reason.as_dict() for reason in refusals(compiled.session)],
         "behind": compiled.behind(),
-        "not_sampled": compiled.not_sampled,
-        "not_revalidated": compiled.second_look.why_not,
+        "not_sampled": compiled.assemblies.not_sampled,
+        "not_revalidated": compiled.assemblies.second_look.why_not,
         "blocks": [describe(block) for block in compiled.blocks],
     }
 

@@ -37,6 +37,17 @@ def python_identity() -> str:
     return f"{sys.implementation.cache_tag} {sys.version_info[:3]}"
 
 
+def machine_identity() -> str:
+    """Return what processes of one running machine have in common, and no other machine has."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:  # noqa: PTH123
+            return file.read(64).decode().strip()
+    except OSError:
+        import platform
+
+        return platform.node()
+
+
 def cpu_flags() -> str:
     """Return a digest of the CPU's feature flags; empty where they are not to be had."""
     from hashlib import sha256

@@ -49,7 +49,9 @@ def portrait_later(compiled: CompiledModel) -> Callable[[], dict[str, Any] | Non
 
     def portray_now() -> dict[str, Any] | None:
         found = reference()
-        if found is None or not (found.dispatcher.loaded or found.blocks or found.reasons):
+        if found is None:
+            return None
+        if not (found.dispatcher.loaded or found.blocks or found.why_eager.reasons):
             return None
         return portray(found)
 

@@ -3,8 +3,8 @@
 One `BackgroundCompiler` serves one model with all its blocks. Its thread has a call captured (in a
 child process; in this one, between two calls, only where the model cannot be sent), has the pieces
 compiled in workers, those of most use first, and fills the slots of an assembly as each is there.
-It never traces while a call runs, and never compiles. What a model does with an assembly, and when
-a call is worth compiling, is `serving.py`'s business.
+It never traces while a call runs, and never compiles. How an assembly comes to serve is
+`handover.py`'s business, when a call is worth compiling `serving.py`'s.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from precast import handover
 from precast.assembly import Bound, LoadedAssembly, open_assembly
 from precast.background.ambient import Ambient
 from precast.background.capture import (
@@ -33,7 +34,7 @@ from precast.background.skeleton import CannotSendError, hollow
 from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
-from precast.manager import PieceResult, pending_result
+from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
 from precast.runtime.gate import CallGate
 
@@ -199,7 +200,7 @@ def _serve(state: _State, gate: CallGate) -> None:
 def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> None:
     target = request.target
     try:
-        if target.is_served(request):
+        if handover.is_served(request):
             return
         target.session.manager.prestart()
         state.doing = "capturing"
@@ -337,7 +338,7 @@ class _Growth:
         if self._loaded is None:
             self._install()
         assert self._loaded is not None
-        request.target.complete(request, self._loaded, blueprint.assembly(results), results)
+        handover.complete(request, self._loaded, blueprint.assembly(results), results)
 
     def _take(self, number: int, result: PieceResult) -> None:
         if self._state.is_ended:
@@ -360,7 +361,8 @@ class _Growth:
             successor = open_assembly(
                 assembly, self._loaded.key, self._slots(), self._request.function
             )
-            self._loaded = self._request.target.replace(self._request, self._loaded, successor)
+            handover.replace(self._request, self._loaded, successor)
+            self._loaded = successor
         else:
             self._loaded.assembly = assembly
             for index, (piece, name) in enumerate(self._blueprint.slots):
@@ -369,12 +371,13 @@ class _Growth:
         self._tell([number])
 
     def _install(self) -> None:
-        target, request = self._request.target, self._request
-        self._loaded = target.open(request, self._blueprint.assembly(self._results), self._slots())
+        request = self._request
+        assembly = self._blueprint.assembly(self._results)
+        self._loaded = handover.open_for(request, assembly, self._slots())
         everything = range(len(self._results))
         time.sleep(_AFTER_YOU_S)
         self._try_out(self._loaded, everything)
-        target.admit(request, self._loaded)
+        handover.admit(request, self._loaded)
         self._tell(everything)
 
     def _slots(self) -> SlotTable:

@@ -9,44 +9,32 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 from __future__ import annotations
 
 import os
-import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from precast.assembly import Assembly, Bound, LoadedAssembly, open_assembly
-from precast.candidates import Candidates
-from precast.capture.fingerprint import call_signature, example_shapes, model_fingerprint
-from precast.describe import emit_start, refusals
+from precast.assemblies import Assemblies
+from precast.assembly import LoadedAssembly
+from precast.capture.fingerprint import call_signature, model_fingerprint
+from precast.describe import refusals
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import (
-    AssemblyMissed,
-    AssemblyPublished,
-    AssemblyRejected,
     CallOutsideContract,
     CaptureFailed,
-    CaptureFinished,
-    FellBack,
     ModelReleased,
     StartBrokenOff,
 )
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
 from precast.runtime.collector import no_collection
 from precast.runtime.dispatch import Dispatcher, needs_gradient
-from precast.second_look import SecondLook
 from precast.session import Session
+from precast.why_eager import MOST_FAILED_CALLS, WhyEager
 
 if TYPE_CHECKING:
-    from precast.blueprint import Blueprint
-    from precast.manager import PieceResult
     from precast.progressive import BackgroundCompiler, Request
-    from precast.runtime.slot import SlotTable
-
-# Calls of one signature that eager refuses too, after which it is captured no more.
-_MOST_FAILED_CALLS = 3
 
 
 class CompiledModel:
@@ -76,19 +64,21 @@ class CompiledModel:
         self.owner = owner
         self.session = session
         self.is_block = is_block
-        self.reasons: list[Reason] = []
         self.blocks: list[CompiledModel] = []
+        self.why_eager = WhyEager(session)
         self.dispatcher = Dispatcher(
             owner, self._run_eager, self._resolve, self._report_failed_call
         )
         self.dispatcher.compiled = self
-        self.is_warm: bool | None = None
-        self.start_seconds: float | None = None
-        self._lock = threading.RLock()
-        self._gave_up: dict[str, Reason] = {}
-        self._num_failed: dict[str, int] = {}
-        self._candidates = Candidates(session)
-        self.second_look = SecondLook(session, self._throw_away)
+        self.assemblies = Assemblies(
+            session,
+            self.dispatcher,
+            owner,
+            run_eager=self._run_eager_apart,
+            on_wrong=self._go_eager,
+            note=self.why_eager.note,
+            looks_twice=not is_block,
+        )
         self._traced: Callable[..., Any] | None = None
         self._is_eager = session.config.compilation_level == "none"
         self._fingerprint: str | None = None
@@ -96,7 +86,6 @@ class CompiledModel:
         self._pending: set[str] = set()  # Signatures that are compiled behind.
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
         self._pid = os.getpid()
-        self.not_sampled: str | None = None  # Why no call is checked in service.
         if session.recording is not None and not is_block:
             from precast.portrait import portrait_later
 
@@ -161,23 +150,23 @@ class CompiledModel:
         self._follow_forward()
         if self._is_eager or self._must_stay_eager(args, kwargs):
             return None, None
-        with self._lock:
+        with self.assemblies.lock:
             if self._traced is not None:
                 return self._traced, None
             if self.blocks:
                 return None, None  # The blocks within are compiled, the rest is Python.
             signature = self._signature(args, kwargs)
-            loaded = self._rebind(args, kwargs)
+            loaded = self.assemblies.rebind(self.function, args, kwargs)
             if loaded is not None:
                 return loaded, None
-            if signature in self._gave_up or signature in self._pending:
+            if self.why_eager.has_given_up(signature) or signature in self._pending:
                 return None, None
             loaded = self._start(args, kwargs, signature)
             if loaded is not None:
                 return loaded, None
             if signature in self._pending:
                 return self._request(args, kwargs, signature), None
-            return self._traced, signature if signature in self._gave_up else None
+            return self._traced, signature if self.why_eager.has_given_up(signature) else None
 
     def _follow_forward(self) -> None:
         """Serve the `forward` that the model has now, should someone have replaced it."""
@@ -186,22 +175,16 @@ class CompiledModel:
         function = find_forward(self.owner)
         if self._is_wrapping if function is None else function is self.function:
             return
-        with self._lock:
+        with self.assemblies.lock:
             self._go_back()
             self._is_wrapping = function is None
             self.function = wrap_forward() if function is None else function
             self._fingerprint = None
 
     def _take_back(self, signature: str) -> None:
-        """Forget that a call could not be compiled: eager failed as well, the call is at fault.
-
-        Not for ever: a model that is called wrongly again and again is not captured each time.
-        """
-        with self._lock:
-            self._num_failed[signature] = self._num_failed.get(signature, 0) + 1
-            if self._num_failed[signature] < _MOST_FAILED_CALLS:
-                reason = self._gave_up.pop(signature, None)
-                self.reasons = [known for known in self.reasons if known is not reason]
+        """Forget that a call could not be compiled: eager failed as well, the call is at fault."""
+        with self.assemblies.lock:
+            if self.why_eager.take_back(signature):
                 for block in self.blocks:
                     block.detach()
                 self.blocks = []
@@ -221,7 +204,7 @@ class CompiledModel:
         weights = list(self.owner.parameters()) if self.owner is not None else []
         if not needs_gradient(weights, args, kwargs):
             return False
-        self._note(
+        self.why_eager.note(
             Reason(
                 "grad-enabled",
                 "the call records gradients, which compiled code does not; it ran eager",
@@ -229,21 +212,6 @@ class CompiledModel:
             )
         )
         return True
-
-    def _rebind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoadedAssembly | None:
-        """Bind a loaded assembly anew whose call check holds, where the model still fits."""
-        for loaded in self.dispatcher.loaded:
-            assert isinstance(loaded, LoadedAssembly)
-            loaded.follow_defaults(self.function)
-            if loaded.why_not(args, kwargs) is not None:
-                continue
-            bound = loaded.bind(self.function, self.owner)
-            if isinstance(bound, Reason):
-                self.session.emit(AssemblyRejected(self.session.name, loaded.key, bound))
-                continue
-            self._tie(loaded, bound)
-            return loaded
-        return None
 
     def _start(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str
@@ -254,9 +222,9 @@ class CompiledModel:
         # Looking it up takes longer than many a call: that is done behind as well, unless no
         # other thread can take on the state that this one is in.
         if not is_behind or torch._C._len_torch_function_stack():
-            key = self._assembly_key(signature)
+            key = self.assembly_key(signature)
             with no_collection():
-                loaded = self._load(key, args, kwargs, started)
+                loaded = self.assemblies.load(key, self.function, args, kwargs, started)
             if loaded is not None:
                 return loaded
         if is_behind:
@@ -265,7 +233,7 @@ class CompiledModel:
             return None
         if config.mode == "cache_only":
             refused = refusals(self.session)
-            self._give_up(
+            self.why_eager.give_up(
                 signature,
                 Reason(
                     "not-recorded",
@@ -275,9 +243,9 @@ class CompiledModel:
                 ),
             )
             return None
-        if self._is_full(signature):
+        if self.is_full(signature):
             return None
-        if self.dispatcher.loaded:
+        if self.assemblies.loaded:
             self._report_outside(args, kwargs)
         try:
             return self._take_turn(key, args, kwargs, signature, started)
@@ -298,8 +266,8 @@ class CompiledModel:
         # Of the processes that miss this at once, one captures and compiles; the others load.
         with self.session.manager.turn(
             key,
-            lambda: self._candidates.is_new(key),
-            lambda: self._load(key, args, kwargs, started),
+            lambda: self.assemblies.is_new(key),
+            lambda: self.assemblies.load(key, self.function, args, kwargs, started),
         ) as found:
             if found is not None:
                 return found
@@ -316,75 +284,33 @@ class CompiledModel:
                 self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
         return None
 
-    def _is_full(self, signature: str) -> bool:
+    def is_full(self, signature: str) -> bool:
         """Give a signature up where enough of them are compiled; return whether so."""
         most = self.session.config.max_assemblies
-        if len(self.dispatcher.loaded) < most:
+        if len(self.assemblies.loaded) < most:
             return False
         reason = Reason(
             "recompile-limit",
             f"{most} compiled signatures are in use; this call runs eager",
             "Raise max_assemblies, or give dynamic_shapes so that one covers more calls",
         )
-        self._give_up(signature, reason)
+        self.why_eager.give_up(signature, reason)
         return True
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str) -> Request:
         """Return a call as it is before it runs, to be compiled behind."""
         from precast.progressive import Request
 
-        if self.dispatcher.loaded:
+        if self.assemblies.loaded:
             self._report_outside(args, kwargs)
         return Request(self, signature, args[self._num_owners :], kwargs)
 
-    def _assembly_key(self, signature: str) -> str:
+    def assembly_key(self, signature: str) -> str:
+        """Return the key of what serves calls of a signature."""
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.function, self.owner)
         device = device_of(self.owner, signature)
         return self.session.assembly_key(self._fingerprint, signature, device)
-
-    # -- warm -----------------------------------------------------------------
-
-    def _load(
-        self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
-    ) -> LoadedAssembly | None:
-        """Find a stored assembly for this call."""
-        problem = None
-        for loaded in self._candidates.sound(key, self._known(), self.function):
-            problem = loaded.why_not(args, kwargs)
-            if problem is not None:
-                continue
-            bound = loaded.bind(self.function, self.owner)
-            if isinstance(bound, Reason):
-                problem = bound.message
-                self.session.emit(AssemblyRejected(self.session.name, loaded.key, bound))
-                continue
-            self._tie(loaded, bound)
-            if not self.is_block and self.second_look.disproves(
-                loaded, self.function, self.owner, args[self._num_owners :], kwargs
-            ):
-                continue
-            self._install(loaded, started, None)
-            return loaded
-        self.session.emit(
-            AssemblyMissed(self.session.name, key, self.session.key_parts(key), problem)
-        )
-        return None
-
-    def _tie(self, loaded: LoadedAssembly, bound: Bound) -> None:
-        """Let a loaded assembly run as it is bound now."""
-        if self.session.config.verify == "sample":
-            from precast.sampling import Sampler, why_not_sampled
-
-            self.not_sampled = why_not_sampled(loaded.entry_code, loaded.mutates)
-            if self.not_sampled is None:
-                bound.entry = Sampler(
-                    bound.entry,
-                    self._run_eager_apart,
-                    self.session.config.verify_every,
-                    lambda problem: self._refute(loaded, problem),
-                )
-        loaded.bound = bound
 
     def _run_eager_apart(self, *args: Any, **kwargs: Any) -> Any:
         if self._behind is None:
@@ -392,315 +318,104 @@ class CompiledModel:
         with self._behind.gate:
             return self.function(*args, **kwargs)
 
-    def _refute(self, loaded: LoadedAssembly, problem: str) -> None:
-        """Use an assembly no more that was found to be wrong in service, nor one like it."""
-        with self._lock:
-            if loaded not in self.dispatcher.loaded:
-                return
-            self.dispatcher.loaded = tuple(
-                other for other in self.dispatcher.loaded if other is not loaded
-            )
-            self._is_eager = True
-        self.session.storage.discard(loaded.key)
-        self._note(
-            Reason(
-                "verify-mismatch",
-                f"a call in service was checked: {problem}; the assembly was thrown away and the "
-                "model runs eager",
-                "Report it, with the model; precast.release and compile again to go on",
-            )
-        )
-
-    def _throw_away(self, loaded: LoadedAssembly) -> None:
-        """Use a stored assembly no more, in no process."""
-        # From the next call on: another assembly or a new capture.
-        with self._lock:
-            self.dispatcher.loaded = tuple(
-                other for other in self.dispatcher.loaded if other is not loaded
-            )
-        self.session.storage.discard(loaded.key)
-        self._note(
-            Reason(
-                "stale-assembly",
-                "tracing the model again gave other pieces than the stored assembly has; "
-                "it was thrown away",
-                "Report it: the contract should have noticed",
-            )
-        )
+    def _go_eager(self) -> None:
+        self._is_eager = True
 
     # -- cold -----------------------------------------------------------------
 
     def _compile(
         self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
-        from precast.backend import blueprint_of, packing_rule
-        from precast.capture.dynamo import capture_call
-        from precast.contract import Unrecordable
+        """Capture and compile a call; None: it is served by Dynamo, or not at all."""
+        from precast.blueprint import slot_table
+        from precast.cold_start import MustTrace, capture_and_compile
 
-        session = self.session
-        session.manager.prestart()
+        own_args = args[self._num_owners :]
         try:
-            try:
-                capture = capture_call(
-                    self.function,
-                    self.owner,
-                    args[self._num_owners :],
-                    kwargs,
-                    dynamic_shapes=session.config.dynamic_shapes,
-                    name=session.name,
-                )
-            except Unrecordable as finding:
-                self._trace_on_start(str(finding), key)
-                return None
-            if capture is None:
-                raise CaptureError(session.name, "it computes nothing with tensors")
-            session.emit(
-                CaptureFinished(
-                    session.name,
-                    time.perf_counter() - started,
-                    len(capture.graph_module.graph.nodes),
-                    capture.num_guards,
-                )
+            blueprint, results = capture_and_compile(
+                self.function, self.owner, own_args, kwargs, self.session, started
             )
-            if capture.unrecordable is not None or capture.contract is None:
-                self._trace_on_start(str(capture.unrecordable), key)
-                return None
-            example = example_shapes(
-                self.function, self._num_owners, args[self._num_owners :], kwargs
-            )
-            blueprint = blueprint_of(
-                capture,
-                session.config,
-                session.emit,
-                session.name,
-                example,
-                session.passes,
-                packing_rule(capture, self.function, self.owner, session.passes),
-            )
-            results = session.manager.compile(blueprint.pieces, blueprint.names)
-        finally:
-            session.manager.close()
-        loaded = self._open(key, blueprint, results)
-        bound = loaded.bind(self.function, self.owner)
-        if isinstance(bound, Reason):
-            raise CaptureError(session.name, f"its contract does not hold at once: {bound.message}")
-        self._tie(loaded, bound)
-        self._keep(loaded, key)
-        self._install(loaded, started, results)
+        except MustTrace as finding:
+            self._trace_on_start(str(finding), key)
+            return None
+        assembly, slots = blueprint.assembly(results), slot_table(blueprint.slots, results)
+        loaded = self.assemblies.open(key, assembly, slots, self.function)
+        self.assemblies.bind_new(loaded, self.function)
+        self.keep(loaded, key)
+        self.assemblies.add(loaded)
+        self.assemblies.note_start(loaded, time.perf_counter() - started, results)
         problem = loaded.why_not(args, kwargs)
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
-            self._note(
-                Reason("outside-contract", f"{problem}; this call ran eager", "Nothing to do")
+            self.why_eager.give_up(
+                self._signature(args, kwargs),
+                Reason("outside-contract", f"{problem}; this call ran eager", "Nothing to do"),
             )
-            self._gave_up[self._signature(args, kwargs)] = self.reasons[-1]
             return None
         return loaded
 
-    def _open(
-        self, key: str, blueprint: Blueprint, results: Sequence[PieceResult]
-    ) -> LoadedAssembly:
-        """Return an assembly, not bound yet, under the name by which it will be found again."""
-        from precast.blueprint import slot_table  # Here: a warm start does without.
-
-        assembly = blueprint.assembly(results)
-        name = self._candidates.free_name(key, self._known(), assembly)
-        return open_assembly(assembly, name, slot_table(blueprint.slots, results), self.function)
-
-    def _known(self) -> set[str]:
-        return {loaded.key for loaded in self.dispatcher.loaded}  # type: ignore[attr-defined]
-
-    def _keep(self, loaded: LoadedAssembly, key: str) -> None:
+    def keep(self, loaded: LoadedAssembly, key: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
-        if None in loaded.assembly.pieces:
+        if not self.assemblies.publish(loaded, key):
             self._note_unkept(
                 key, Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
             )
-        else:
-            data = loaded.assembly.to_json()
-            labels = {"model": self.session.name, "parts": self.session.key_parts(key)}
-            self.session.manager.save(loaded.key, {**data, **labels})
-            self.session.emit(AssemblyPublished(self.session.name, loaded.key, len(str(data))))
-
-    def _add(self, loaded: LoadedAssembly) -> None:
-        with self._lock:
-            # A new tuple: threads inside the old one go on with it.
-            self.dispatcher.loaded = (*self.dispatcher.loaded, loaded)
-
-    def _install(
-        self,
-        loaded: LoadedAssembly,
-        started: float,
-        results: Sequence[PieceResult] | None,
-    ) -> None:
-        self._add(loaded)
-        seconds = time.perf_counter() - started
-        if self.start_seconds is None:
-            self.start_seconds, self.is_warm = seconds, results is None
-        emit_start(self.session, loaded, seconds, results)
 
     def _trace_on_start(self, problem: str, key: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""
-        from precast.backend import compile_traced
+        from precast.cold_start import let_dynamo_trace
 
         reason = Reason(
             "trace-on-start",
             f"{problem}; every start traces the model, pieces come from the cache",
             "Keep such values out of what the model reads in forward",
         )
-        self._note(reason)
+        self.why_eager.note(reason)
         self._note_unkept(key, reason)
-        session = self.session
 
-        def backend(graph_module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-            return compile_traced(graph_module, session)
+        def note_failed_call(error: Exception) -> None:
+            self.why_eager.note_failed_call(error)
+            self._go_eager()
 
-        traced = torch.compile(self.function, backend=backend)
+        self._traced = let_dynamo_trace(self.function, self.session, note_failed_call)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return traced(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - Dynamo's, a compiler's or the user's.
-                # Dynamo raises before it runs anything, or what eager raises too.
-                result = self.function(*args, **kwargs)
-                self._note_failed_call(error)
-                self._is_eager = True
-                return result
-
-        self._traced = run
-
-    # -- behind: called by the thread of `progressive.py` -------------------------
-
-    # Calls wait for the lock at times: it is held for moments only.
-
-    def is_served(self, request: Request) -> bool:
-        """Whether no compile is needed for a call like the one that asked.
-
-        By what was loaded meanwhile, by what is stored, which is loaded now, or because enough is
-        compiled already.
-        """
-        if self.is_covered(request):
-            return True
-        key = self._assembly_key(request.signature)
-        args, kwargs = self._full(request.args), request.kwargs
-        with request.ambient.around() as is_alike, no_collection():
-            if is_alike and self._load(key, args, kwargs, request.started) is not None:
-                return True
-        with self._lock:
-            return self._is_full(request.signature)
-
-    def is_covered(self, request: Request) -> bool:
-        """Whether what is loaded by now serves a call like the one that asked."""
-        args = self._full(request.args)
-        return any(
-            loaded.why_not(args, request.kwargs) is None  # type: ignore[attr-defined]
-            for loaded in self.dispatcher.loaded
-        )
-
-    def _full(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.owner, *args) if self._num_owners else args
-
-    def open(self, request: Request, assembly: Assembly, slots: SlotTable) -> LoadedAssembly:
-        """Return an assembly ready to serve the call that asked.
-
-        Raises:
-            CaptureError: Its contract does not hold for the model.
-        """
-        key = self._assembly_key(request.signature)
-        name = self._candidates.free_name(key, self._known(), assembly)
-        loaded = open_assembly(assembly, name, slots, request.function)
-        with request.ambient.around() as is_alike:
-            # Else the next call binds it, in its own thread.
-            bound = loaded.bind(request.function, self.owner) if is_alike else None
-        if isinstance(bound, Reason):
-            raise CaptureError(
-                self.session.name, f"its contract does not hold at once: {bound.message}"
-            )
-        if bound is not None:
-            self._tie(loaded, bound)
-        return loaded
-
-    def admit(self, request: Request, loaded: LoadedAssembly) -> None:
-        """Let an assembly serve from the next call on."""
-        with self._lock:
-            if self.function is request.function:  # Else it was replaced meanwhile.
-                self._add(loaded)
-
-    def replace(
-        self, request: Request, loaded: LoadedAssembly, successor: LoadedAssembly
-    ) -> LoadedAssembly:
-        """Let another form of an assembly serve in its place; calls inside go on with the old."""
-        bound = successor.bound_as(loaded, request.function)
-        if bound is not None:
-            self._tie(successor, bound)
-        with self._lock:
-            self.dispatcher.loaded = tuple(
-                successor if other is loaded else other for other in self.dispatcher.loaded
-            )
-        return successor
-
-    def complete(
-        self,
-        request: Request,
-        loaded: LoadedAssembly,
-        assembly: Assembly,
-        results: Sequence[PieceResult],
-    ) -> None:
-        """Publish an assembly all of whose pieces have landed, unless it was thrown away."""
-        if loaded not in self.dispatcher.loaded:
-            return
-        loaded.assembly = assembly
-        key = self._assembly_key(request.signature)
-        loaded.key = self._candidates.free_name(key, self._known() - {loaded.key}, assembly)
-        self._keep(loaded, key)
-        seconds = time.perf_counter() - request.started
-        with self._lock:
-            if self.start_seconds is None:
-                self.start_seconds, self.is_warm = seconds, False
-            if not self.is_covered(request):
-                reason = Reason(
-                    "outside-contract",
-                    "what was compiled does not serve the call that asked for it, which runs eager",
-                    "Nothing to do",
-                )
-                self._give_up(request.signature, reason)
-        emit_start(self.session, loaded, seconds, results)
+    # -- behind: called by the thread of `progressive.py`, as is `handover.py` ---
 
     def fail(self, request: Request, why: PrecastError | Reason) -> None:
         """Run the calls of a request eager from now on."""
-        with self._lock:
+        with self.assemblies.lock:
             if isinstance(why, Reason):
-                self._give_up(request.signature, why)
+                self.why_eager.give_up(request.signature, why)
                 return
             if self.session.config.on_error == "raise":
                 self._error = why
-            self._fall_back(request.signature, why, self._assembly_key(request.signature))
+            self._fall_back(request.signature, why, self.assembly_key(request.signature))
 
     def finish(self, request: Request) -> None:
         """Take a request for done, whatever became of it."""
-        with self._lock:
+        with self.assemblies.lock:
             self._pending.discard(request.signature)
 
     def note(self, reason: Reason) -> None:
         """Keep a reason, for `status`, and tell of it once."""
-        with self._lock:
-            self._note(reason)
+        with self.assemblies.lock:
+            self.why_eager.note(reason)
 
     # -- when it does not work ---------------------------------------------------
 
     def _note_unkept(self, key: str, reason: Reason) -> None:
         """Note that a capture leaves nothing to load: then no process need wait for another's."""
-        self.session.manager.remember(key, reason, ("capture-failed",))
+        self.session.manager.failures.remember(key, reason, ("capture-failed",))
 
     def _fall_back(self, signature: str, error: PrecastError, key: str) -> None:
         self._note_unkept(key, error.reason)
         if isinstance(error, CaptureError):
             self.session.emit(CaptureFailed(self.session.name, error.reason))
-        self._give_up(signature, error.reason)
+        self.why_eager.give_up(signature, error.reason)
         if (
             isinstance(error, CaptureError)
             and self.owner is not None
-            and not self.dispatcher.loaded
+            and not self.assemblies.loaded
         ):
             self.blocks = [
                 attach(
@@ -709,20 +424,8 @@ class CompiledModel:
                 for name, block in find_blocks(self.owner)
             ]
 
-    def _give_up(self, signature: str, reason: Reason) -> None:
-        self._gave_up[signature] = reason
-        self._note(reason)
-
-    def _note(self, reason: Reason) -> None:
-        if all(
-            known.code != reason.code or known.message != reason.message for known in self.reasons
-        ):
-            self.reasons.append(reason)
-            self.session.emit(FellBack(self.session.name, None, reason))
-
     def _report_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        loaded = self.dispatcher.loaded[-1]
-        assert isinstance(loaded, LoadedAssembly)
+        loaded = self.assemblies.loaded[-1]
         problem = loaded.why_not(args, kwargs) or "the model has changed"
         self.session.emit(
             CallOutsideContract(
@@ -737,48 +440,32 @@ class CompiledModel:
         self, loaded: Any, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A compiled call raised and eager answered it: note it, and give it up after a few."""
-        self._note_failed_call(error)
+        self.why_eager.note_failed_call(error)
         # Memory comes back, perhaps; other code that fails thrice is not tried at each call.
         if isinstance(error, torch.OutOfMemoryError):
             return
-        with self._lock:
-            self._num_failed[loaded.key] = self._num_failed.get(loaded.key, 0) + 1
-            if self._num_failed[loaded.key] < _MOST_FAILED_CALLS:
+        with self.assemblies.lock:
+            if not self.why_eager.fails_too_often(loaded.key):
                 return
-            self.dispatcher.loaded = tuple(
-                other for other in self.dispatcher.loaded if other is not loaded
-            )
-            self._give_up(
+            self.assemblies.remove(loaded)
+            self.why_eager.give_up(
                 self._signature(args, kwargs),
                 Reason(
                     "compile-crashed",
-                    f"compiled code raised at {_MOST_FAILED_CALLS} calls that eager answered; such "
+                    f"compiled code raised at {MOST_FAILED_CALLS} calls that eager answered; such "
                     "calls run eager from now on",
                     "Please report it; precast.release and precast.compile try it again",
                 ),
             )
-
-    def _note_failed_call(self, error: BaseException) -> None:
-        raised = f"compiled code raised {type(error).__name__}:"
-        # Once a kind: what is said of memory has other figures each time.
-        if any(known.message.startswith(raised) for known in self.reasons):
-            return
-        self._note(
-            Reason(
-                "compile-crashed",
-                f"{raised} {error}; the call ran eager",
-                "If eager does not raise for this call, please report it",
-            )
-        )
 
     def _go_back(self) -> None:
         """Forget everything that was compiled."""
         for block in self.blocks:
             block.detach()
         self.blocks = []
-        self.dispatcher.loaded = ()
+        self.assemblies.remove_all()
         self._traced = None
-        self._gave_up.clear()
+        self.why_eager.try_all_again()
 
     # -- for the public functions ------------------------------------------------
 
@@ -794,9 +481,9 @@ class CompiledModel:
         if self._behind is not None and not self._behind.wait(timeout):
             return False
         left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._lock.acquire(timeout=left):
+        if not self.assemblies.lock.acquire(timeout=left):
             return False
-        self._lock.release()
+        self.assemblies.lock.release()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -814,7 +501,7 @@ class CompiledModel:
         if self.session.recording is not None and not self.is_block:
             self.session.recording.look()
         self.dispatcher.watch(None)
-        self.second_look.call_off()
+        self.assemblies.second_look.call_off()
         if self._behind is not None and not self.is_block:
             self._behind.close()
         self._go_back()
@@ -831,13 +518,12 @@ class CompiledModel:
         What was compiled behind is asked for anew; what is loaded goes on.
         """
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self.assemblies.follow_fork()
         self._pending = set()
         if self._behind is not None:
             self._behind.forget()
             self._behind = self._make_behind()
         self.session.reopen()
-        self.second_look = SecondLook(self.session, self._throw_away)
 
 
 def attach(

@@ -12,10 +12,11 @@ import torch
 from precast.cache import CacheLoader, CacheStorage, DiskCache, open_cache
 from precast.cache.disk import BUCKET
 from precast.cache.trust import NO_KEYS, Trust, open_trust
+from precast.compilers.chosen import check_compiler, check_saveable
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
 from precast.graph.key import HashComputer, explain_misses, toolchain_parts
-from precast.manager import CompilerManager, check_compiler, check_saveable
+from precast.manager import CompilerManager
 from precast.monitoring.log import LogListener
 from precast.monitoring.recorder import Recorder
 from precast.monitoring.stats import StatsListener
@@ -167,7 +168,7 @@ class Session:
     def close(self) -> None:
         """End workers and remove temporary files; give waiting writes a last while."""
         self.manager.close()
-        self.manager.remove_kept()
+        self.manager.stored.remove_unsaved()
         self.storage.close()
         self.loader.close()
 

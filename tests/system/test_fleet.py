@@ -208,7 +208,7 @@ def compile_here(
 
     from precast.config import CompilationConfig
     from precast.manager import CompilerManager
-    from unit.test_manager import PlantedWithoutPickle, SlowService
+    from unit.planted_manager import PlantedWithoutPickle, SlowService
 
     class Noting(SlowService):
         def submit(self, job: Any) -> Any:
@@ -261,9 +261,9 @@ def warm_parent() -> Iterator[None]:
     """Import what the forks need, which would take each of them seconds."""
     import torch
 
-    import unit.test_manager
+    import unit.planted_manager
 
-    assert unit.test_manager.Planted
+    assert unit.planted_manager.Planted
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # Threads do not survive a fork.
     yield

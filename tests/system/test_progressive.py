@@ -556,7 +556,8 @@ def test_a_fork_serves_on(tmp_path: Path, one_thread: None) -> None:
             assert torch.equal(model(x), expected)
 
     compiled_model = model._compiled_call_impl.compiled
-    with compiled_model._lock, hung._compiled_call_impl.compiled._lock:
+    compiled_hung = hung._compiled_call_impl.compiled
+    with compiled_model.assemblies.lock, compiled_hung.assemblies.lock:
         holder = threading.Thread(target=lambda: None)
         holder.start()
         holder.join()

@@ -22,7 +22,8 @@ with torch.inference_mode():
 print(*names(events))
 print(*[name for name in sys.modules
         if name.partition(".")[0] in ("sympy", "triton", "transformers")
-        or name.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx"))])
+        or name.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx",
+                            "precast.on_miss", "precast.cold_start"))])
 """
 
 
@@ -37,12 +38,22 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.compile
 def test_a_warm_process_imports_no_compiler(real_cache: Path, run_python: Any) -> None:
-    """Neither Dynamo nor Inductor, sympy or Triton is in `sys.modules` after warm calls."""
+    """
+    Neither Dynamo nor Inductor, sympy or Triton is in `sys.modules` after warm calls, nor what is
+    ours for compiling.
+    """
     before = snapshot(real_cache)
     happened, imported = run_python(_PROGRAM, real_cache, "plain").splitlines()
     assert "AssemblyLoaded" in happened.split()
     assert "PieceLoaded" in happened.split()
-    forbidden = ("torch._dynamo", "torch._inductor", "sympy", "triton")
+    forbidden = (
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "triton",
+        "precast.on_miss",
+        "precast.cold_start",
+    )
     assert [name for name in imported.split() if name.startswith(forbidden)] == []
     assert snapshot(real_cache) == before
 

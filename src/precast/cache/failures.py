@@ -11,18 +11,113 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from precast.cache.lease import machine_identity
 from precast.cache.names import FAILURE_PREFIX
 from precast.errors import Reason
+from precast.machine import machine_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from precast.cache import CacheLoader, CacheStorage
+    from precast.config import CompilationConfig
 
 #: Codes of what depends on the piece and the compiler alone; all others are the machine's matter.
 SHARED_CODES = frozenset({"compile-failed", "verify-mismatch", "trace-on-start", "capture-failed"})
 
 #: Clocks of machines may differ by that; one that is further in the future is not believed.
 _CLOCK_SLACK_S = 300.0
+
+
+class FailureMemory:
+    """The failures of earlier tries that still hold here, kept in the tiers of one model.
+
+    A piece of work is named by its key. The records of an assembly hold failures too: they are
+    judged here as well.
+    """
+
+    def __init__(
+        self,
+        config: CompilationConfig,
+        loader: CacheLoader,
+        storage: CacheStorage,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            config: Of the model: its limits, and for how long a failure is remembered.
+            loader: Reads what is remembered.
+            storage: Writes it.
+            wall_clock: Seconds since the epoch.
+        """
+        self._config = config
+        self._loader = loader
+        self._storage = storage
+        self._wall_clock = wall_clock
+
+    def recall(self, work: str) -> dict[str, Any] | None:
+        """Return the failure of an earlier try that still holds here, as plain data."""
+        payload = self._loader.peek(failure_key(work))
+        failure = None if payload is None else payload.get("failure")
+        return failure if isinstance(failure, dict) and self._holds(failure) else None
+
+    def remember(self, work: str, reason: Reason, codes: Sequence[str]) -> dict[str, Any]:
+        """Keep a failure for later starts, and return it; `codes` are those of all that failed."""
+        failure = make_failure(
+            reason,
+            codes,
+            now_s=self._wall_clock(),
+            max_compile_time=self._config.max_compile_time,
+            max_compile_memory=self._config.max_compile_memory,
+        )
+        if self._config.failure_memory and not self._config.disable_compile_cache:
+            self._storage.publish(
+                failure_key(work),
+                {"kind": "failure", "failure": failure},
+                {},
+                is_local=not is_shared(codes),
+            )
+        return failure
+
+    def forget(self, work: str) -> None:
+        """Drop what is remembered of work that could be done after all."""
+        if self._loader.peek(failure_key(work)) is not None:
+            self._storage.discard(failure_key(work))
+
+    def still_stands(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record still says how its piece should run.
+
+        It does not where it, or a part of it, runs eager for a failure that holds no more.
+        """
+        if record.get("kind") == "parts":
+            return all(map(self.still_stands, record["details"]["records"]))
+        return (
+            "eager" not in record
+            or record["reason"] is None
+            or record["reason"]["code"] == "not-worth-it"
+            or (isinstance(record.get("failure"), dict) and self._holds(record["failure"]))
+        )
+
+    def reason_of(self, record: Mapping[str, Any]) -> Reason | None:
+        """Return why the piece of a record runs eager, or in parts; None: it does not."""
+        if record.get("reason") is None:
+            return None
+        if "eager" not in record or record.get("failure") is None:
+            return Reason(**record["reason"])
+        return self.explain(record["failure"])
+
+    def explain(self, failure: Mapping[str, Any]) -> Reason:
+        """Return a failure's reason, saying when it was and until when it counts."""
+        return as_remembered(failure, self._config.failure_memory)
+
+    def _holds(self, failure: Mapping[str, Any]) -> bool:
+        return still_holds(
+            failure,
+            now_s=self._wall_clock(),
+            memory_s=self._config.failure_memory,
+            max_compile_time=self._config.max_compile_time,
+            max_compile_memory=self._config.max_compile_memory,
+        )
 
 
 def failure_key(work: str) -> str:

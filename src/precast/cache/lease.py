@@ -20,6 +20,7 @@ from precast.cache.lock import OPEN_FOLDER, time_at, try_lock
 from precast.cache.names import check_key, is_key
 from precast.errors import StoreError
 from precast.events import LeaseAcquired, LeaseLost
+from precast.machine import machine_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -393,17 +394,6 @@ class Leases:
             if was_held:
                 self._emit(LeaseLost(name, tier.name))
         return is_ours
-
-
-def machine_identity() -> str:
-    """Return what processes of one running machine have in common, and no other machine has."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:  # noqa: PTH123
-            return file.read(64).decode().strip()
-    except OSError:
-        import platform
-
-        return platform.node()
 
 
 def _read_holder(file: int) -> dict[str, Any] | None:

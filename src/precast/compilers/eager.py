@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from precast.compilers.interface import CompiledCallable, CompiledPiece
 from precast.errors import CompileError
 
 if TYPE_CHECKING:
-    import torch
-
     from precast.graph.piece import Piece
 
 
@@ -37,13 +35,15 @@ class EagerAdaptor:
     ) -> CompiledCallable:
         """Return the text as a function."""
         from precast.graph.piece import Piece as PieceValue
-        from precast.graph.read import eager_function
 
         if piece is None and "piece" not in details:
             raise CompileError("?", self.name, "neither the piece nor its text is at hand")
-        function = eager_function(piece or PieceValue.from_json(details["piece"]))
+        return eager_call(piece or PieceValue.from_json(details["piece"]))
 
-        def run(inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-            return function(*inputs)
 
-        return run
+def eager_call(piece: Piece) -> CompiledCallable:
+    """Return a piece's own text as a callable of the boxed convention."""
+    from precast.graph.read import eager_function
+
+    function = eager_function(piece)
+    return lambda inputs: function(*inputs)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import precast
+from precast.compilers.eager import eager_call
 from precast.compilers.interface import CompiledPiece
 from precast.graph.piece import Piece
-from precast.manager import eager_call
 
 
 class Here:

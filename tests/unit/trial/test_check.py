@@ -14,9 +14,9 @@ from torch import nn
 import precast
 from precast.cli.bench import summarize_calls, summarize_starts
 from precast.cli.check import verdict
+from precast.compilers.eager import eager_call
 from precast.compilers.verify import TensorsDifferError
 from precast.errors import ModelError
-from precast.manager import eager_call
 from precast.trial.check import _compare_leaf, _leaves, check, eager_copy
 from precast.trial.model import Call
 from precast.trial.outcome import failures, reasons_in
@@ -58,7 +58,7 @@ def off_by(amount: float, from_rows: int) -> Callable[..., Any]:
 
 
 def test_a_difference_at_one_size_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precast.manager.eager_call", off_by(0.01, from_rows=17))
+    monkeypatch.setattr("precast.piece_result.eager_call", off_by(0.01, from_rows=17))
     told: list[dict[str, Any]] = []
     found = check(job("make", "1..20x8"), told.append)
     wrong = {row["call"] for row in found["calls"] if row["problem"] is not None}

@@ -1,0 +1,1 @@
+"""What is done where the cache does not have a piece; imported only then."""

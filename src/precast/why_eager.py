@@ -1,0 +1,75 @@
+"""Why calls of a model run eager: reasons that are told once, and signatures that are given up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from precast.errors import Reason
+from precast.events import FellBack
+
+if TYPE_CHECKING:
+    from precast.session import Session
+
+#: Calls that failed in vain, after which what they were for is not tried again.
+MOST_FAILED_CALLS = 3
+
+
+class WhyEager:
+    """What is known of one model's calls that run eager. Not safe to use without its lock."""
+
+    def __init__(self, session: Session) -> None:
+        self.reasons: list[Reason] = []
+        self._session = session
+        self._given_up: dict[str, Reason] = {}
+        self._num_failed: dict[str, int] = {}
+
+    def note(self, reason: Reason) -> None:
+        """Keep a reason, and tell of it, where it is a new one."""
+        if all(
+            known.code != reason.code or known.message != reason.message for known in self.reasons
+        ):
+            self.reasons.append(reason)
+            self._session.emit(FellBack(self._session.name, None, reason))
+
+    def note_failed_call(self, error: BaseException) -> None:
+        """Note that compiled code raised, and eager answered the call."""
+        raised = f"compiled code raised {type(error).__name__}:"
+        # Once a kind: what is said of memory has other figures each time.
+        if any(known.message.startswith(raised) for known in self.reasons):
+            return
+        self.note(
+            Reason(
+                "compile-crashed",
+                f"{raised} {error}; the call ran eager",
+                "If eager does not raise for this call, please report it",
+            )
+        )
+
+    def give_up(self, signature: str, reason: Reason) -> None:
+        """Let calls of a signature run eager from now on."""
+        self._given_up[signature] = reason
+        self.note(reason)
+
+    def has_given_up(self, signature: str) -> bool:
+        """Whether calls of a signature run eager."""
+        return signature in self._given_up
+
+    def take_back(self, signature: str) -> bool:
+        """Forget that a signature was given up; return whether so.
+
+        Not for ever: a model that is called wrongly again and again is not captured each time.
+        """
+        if self.fails_too_often(signature):
+            return False
+        reason = self._given_up.pop(signature, None)
+        self.reasons = [known for known in self.reasons if known is not reason]
+        return True
+
+    def fails_too_often(self, what: str) -> bool:
+        """Count a failed call of a signature or an assembly; return whether that is enough."""
+        self._num_failed[what] = self._num_failed.get(what, 0) + 1
+        return self._num_failed[what] >= MOST_FAILED_CALLS
+
+    def try_all_again(self) -> None:
+        """Give no signature up any more."""
+        self._given_up.clear()
