@@ -32,6 +32,9 @@ from precast.events import CompileStarted, Emit, JobFinished
 
 _ORPHAN_S = 10  # Beyond a job's deadline; by then its parent has ended it, or is gone.
 _LONGEST_S = 1 << 30  # What an alarm takes; 34 years are no limit either.
+# At least, for a job that only prepares a compilation (it cuts a piece): a low limit is meant for
+# compilers, and a busy machine may take as long to import what cuts.
+_PREPARING_S = 60.0
 _EXIT_S = 0.5  # For killed workers to be gone, at the interpreter's exit.
 
 
@@ -222,7 +225,7 @@ class CompileService:
         code: str | None = "compile-crashed"
         compiler = None
         try:
-            result = self._try(run, number, started + self._timeout_s)
+            result = self._try(run, number, started + self._limit_s(run.job))
             compiler = result.compiler
             code = None if compiler is not None else result.failures[-1].code
             return result
@@ -246,6 +249,9 @@ class CompileService:
                         run.worker.pid,
                     )
                 )
+
+    def _limit_s(self, job: CompileJob) -> float:
+        return self._timeout_s if job.is_reported else max(self._timeout_s, _PREPARING_S)
 
     def _try(self, run: _Run, number: int, deadline: float) -> JobResult:
         """Run one job; a crash is tried once more, then with the other compilers."""
@@ -289,7 +295,7 @@ class CompileService:
                         self._end(worker)
                         if self._is_closed.is_set():
                             raise CompileError(job.name, current, "the compile service was closed")
-                        raise CompileTimeoutError(job.name, current, self._timeout_s)
+                        raise CompileTimeoutError(job.name, current, self._limit_s(job))
                     if answer.get("id") != run.attempts:
                         continue
                     if "started" in answer:

@@ -52,6 +52,13 @@ class Held(Hanging):
         return {"compiler": self.name}
 
 
+class Unhurried(_Planted):
+    """Takes longer than the limit that its test sets, and comes to an end."""
+
+    def misbehave(self, directory: str) -> None:
+        time.sleep(2)
+
+
 class HangingInC(Hanging):
     """No thread of the worker gets to run any more."""
 

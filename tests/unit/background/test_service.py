@@ -232,6 +232,16 @@ def test_a_hung_compile_is_gone_two_seconds_after_its_time(tmp_path: Path) -> No
     assert took < 3 + 2 + 4
 
 
+def test_a_job_that_prepares_is_not_cut_off_by_a_low_limit(tmp_path: Path) -> None:
+    """Of two that take as long, the one that cuts a piece, say, comes to its end."""
+    with CompileService(1, timeout_s=1, environment=COLD) as service:
+        slow = job(tmp_path, "Unhurried").replace(verify=False)
+        preparing = slow.replace(is_reported=False, directory=str(tmp_path / "preparing"))
+        assert service.submit(preparing).result().compiler == PLANTED + "Unhurried"
+        with pytest.raises(CompileTimeoutError):
+            service.submit(slow).result()
+
+
 def test_a_limit_beyond_what_an_alarm_takes_is_no_limit(tmp_path: Path) -> None:
     """`max_compile_time` says: give a large number to wait without a limit in practice."""
     with CompileService(1, timeout_s=1e12, environment=COLD) as service:
