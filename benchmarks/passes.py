@@ -156,7 +156,8 @@ def measure_overhead(
     submit = session.manager._submit
 
     def note(job: CompileJob) -> Any:
-        jobs.append(Piece.from_json(job.piece))
+        if job.is_reported:
+            jobs.append(Piece.from_json(job.piece))
         return submit(job)
 
     session.manager._submit = note

@@ -194,15 +194,15 @@ class LoadedAssembly:
             return self._tied(binding, function)
         except CannotPack as problem:
             return Reason(
-                "stale-assembly",
+                "outside-contract",
                 f"a weight cannot be packed: {problem}; the model is captured again",
-                "Nothing to do: the new capture replaces this one",
+                "Nothing to do: the new capture has an assembly of its own",
             )
         except LookupError as error:
             return Reason(
-                "stale-assembly",
+                "outside-contract",
                 f"{error} is not there; the model is captured again",
-                "Nothing to do: the new capture replaces this one",
+                "Nothing to do: the new capture has an assembly of its own",
             )
 
     def bound_as(self, other: LoadedAssembly, function: types.FunctionType) -> Bound | None:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from precast.cache.failures import FailureMemory
 from precast.cache.trust import is_unsigned
@@ -44,8 +43,25 @@ if TYPE_CHECKING:
     from precast.piece_result import PieceResult
 
 ResultT = TypeVar("ResultT")
+MadeT = TypeVar("MadeT")
 #: A piece that is too large is cut in two, and each part again, up to so many.
 MAX_PARTS = 8
+
+
+class _made_once(Generic[MadeT]):  # noqa: N801 - a decorator.
+    """`functools.cached_property` without its lock.
+
+    Before Python 3.12 all objects share that lock, and a process that forks while another thread
+    holds it has it locked for ever. Here two threads may make a value twice, and one is kept.
+    """
+
+    def __init__(self, make: Callable[[Any], MadeT]) -> None:
+        self._make = make
+
+    def __get__(self, instance: Any, owner: type) -> MadeT:
+        name = self._make.__name__
+        made: MadeT = instance.__dict__.setdefault(name, self._make(instance))
+        return made
 
 
 class CompilerManager:
@@ -238,7 +254,7 @@ class CompilerManager:
 
     # -- what only a miss needs ----------------------------------------------------
 
-    @cached_property
+    @_made_once
     def _turns(self) -> Turns:
         from precast.on_miss.in_turn import Turns
 
@@ -247,14 +263,14 @@ class CompilerManager:
             limit_s = self._config.max_compile_time
         return Turns(self._storage.open_leases, limit_s, self._emit, self._clock)
 
-    @cached_property
+    @_made_once
     def _fallback(self) -> Fallback:
         from precast.on_miss.fallback import Fallback
 
         raises = self._config.on_error == "raise"
         return Fallback(self.compilers, self.failures, self._emit, raises=raises)
 
-    @cached_property
+    @_made_once
     def _in_process(self) -> InProcess:
         from precast.on_miss.in_process import InProcess
 
@@ -262,7 +278,7 @@ class CompilerManager:
             self._config, self.compilers, self._passes, self._fallback, self._emit, self._clock
         )
 
-    @cached_property
+    @_made_once
     def _in_workers(self) -> InWorkers:
         from precast.on_miss.in_parts import InParts
         from precast.on_miss.in_workers import InWorkers

@@ -15,7 +15,10 @@ MOST_FAILED_CALLS = 3
 
 
 class WhyEager:
-    """What is known of one model's calls that run eager. Not safe to use without its lock."""
+    """What is known of one model's calls that run eager.
+
+    Notes may come from any thread; giving up and taking back are for one thread at a time.
+    """
 
     def __init__(self, session: Session) -> None:
         self.reasons: list[Reason] = []

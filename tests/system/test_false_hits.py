@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precast import api, assembly, binding, candidates, contract, serving
+from precast import api, assemblies, assembly, binding, candidates, contract, serving
 from precast.capture import digests, dynamo
 from system import models
 from system.models import (
@@ -1016,7 +1016,7 @@ def test_another_input_would_be_taken(tmp_path: Path, replaced: Replaced) -> Non
         loaded.check = lambda *_, **__: 0
         return loaded
 
-    for module in (candidates, serving):
+    for module in (candidates, assemblies):
         replaced.attribute(module, "open_assembly", without_check)
     function = torch.nn.functional.pad
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from precast import manager
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import CompileError, CompileTimeoutError
 from precast.events import PieceCompiled, PieceFailed, PieceLoaded, PieceMissed, PieceTimed
@@ -154,3 +156,25 @@ def test_each_result_is_told_of_in_the_order_that_is_asked_for(tmp_path: Path) -
     assert [job.name for job in setup.service.jobs] == ["other", "tiny"]
     assert sorted(told) == [0, 1]
     assert [result.compiler for result in results] == ["planted", "planted"]
+
+
+def test_a_part_that_is_being_made_holds_no_other_object_up() -> None:
+    """Nor one thread another: `functools.cached_property` of Python 3.11 waits here for ever."""
+    entered, may_go_on = threading.Event(), threading.Event()
+
+    class Holder:
+        @manager._made_once
+        def part(self) -> object:
+            if threading.current_thread() is not threading.main_thread():
+                entered.set()
+                assert may_go_on.wait(30)
+            return object()
+
+    holder, found = Holder(), []
+    slow = threading.Thread(target=lambda: found.append(holder.part), daemon=True)
+    slow.start()
+    assert entered.wait(30)
+    assert Holder().part is not holder.part
+    may_go_on.set()
+    slow.join(30)
+    assert found == [holder.part], "the first that was kept stays"

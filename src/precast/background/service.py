@@ -56,7 +56,7 @@ class CompileService:
         Args:
             num_workers: How many pieces are compiled side by side.
             timeout_s: For one piece, all its compilers and a retry together; waiting in the queue
-                does not count.
+                does not count. A job that only prepares has at least 60 s.
             memory_bytes: Of one worker with all its children.
             emit: Is handed `CompileStarted` and `JobFinished`, from the service's threads.
             clock: Seconds that only go forward.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from precast.errors import Reason
@@ -15,18 +14,17 @@ if TYPE_CHECKING:
 
 
 class Miss:
-    """A piece to compile: the `number` by which it was asked for, and its `name` for reports."""
+    """A piece to compile: the `number` by which it was asked for, and its `name` for reports.
+
+    `work` names the work of compiling it, for leases and remembered failures.
+    """
 
     def __init__(self, number: int, piece: Piece, name: str, compilers: ChosenCompilers) -> None:
         self.number = number
         self.piece = piece
         self.name = name
+        self.work = compilers.work_name(piece)
         self._compilers = compilers
-
-    @cached_property
-    def work(self) -> str:
-        """What names the work of compiling it: for leases and remembered failures."""
-        return self._compilers.work_name(self.piece)
 
     def report(self, emit: Emit) -> None:
         """Tell that the cache does not have it, by the key of the first compiler."""
