@@ -133,7 +133,10 @@ def encode(value: Any) -> Any:
     if kind in (bytes, complex, slice, range) or value is Ellipsis or value is NotImplemented:
         return [kind.__name__, repr(value)]
     if isinstance(value, type):
-        return ["type", f"{value.__module__}:{value.__qualname__}"]
+        name = f"{value.__module__}:{value.__qualname__}"
+        # The order of a named tuple's fields is in no code that Dynamo of torch 2.11 follows.
+        fields = getattr(value, "_fields", None) if issubclass(value, tuple) else None
+        return ["type", name, list(fields)] if fields else ["type", name]
     if kind is types.ModuleType:
         return ["module", value.__name__]
     if kind is types.FunctionType:

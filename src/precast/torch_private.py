@@ -175,6 +175,7 @@ def capture_full_graph(
             automatic_dynamic_shapes=False,
             assume_static_by_default=True,
             suppress_errors=False,
+            skip_guards_on_constant_func_defaults=False,  # torch 2.11 would skip them.
         ),
         symbols.patch(backed_size_oblivious=True),
     ):

@@ -489,7 +489,8 @@ def change_deterministic(model: Net, replaced: Replaced) -> None:
 
 
 def change_mkldnn(model: Net, replaced: Replaced) -> None:
-    replaced.enter(warnings.catch_warnings(action="ignore"))
+    replaced.enter(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
     replaced.enter(torch.backends.mkldnn.flags(enabled=False))
 
 

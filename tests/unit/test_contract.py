@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,12 @@ def test_a_value_equals_itself_after_a_round_trip(value: Any) -> None:
 def test_what_has_an_identity_only_is_refused() -> None:
     with pytest.raises(Unrecordable, match="object"):
         encode(object())
+
+
+def test_a_named_tuple_is_told_by_the_order_of_its_fields() -> None:
+    one, alike, other = (namedtuple("Pair", fields) for fields in ("a b", "a b", "b a"))
+    assert encode(one) == encode(alike) != encode(other)
+    assert decode(encode(torch.Size)) is torch.Size
 
 
 def test_code_is_digested_by_what_it_does() -> None:
