@@ -94,12 +94,8 @@ class Assemblies:
             loaded.follow_defaults(function)
             if loaded.why_not(args, kwargs) is not None:
                 continue
-            bound = loaded.bind(function, self._owner)
-            if isinstance(bound, Reason):
-                self._session.emit(AssemblyRejected(self._session.name, loaded.key, bound))
-                continue
-            self.tie(loaded, bound)
-            return loaded
+            if self._bind(loaded, function) is None:
+                return loaded
         return None
 
     def load(
@@ -124,12 +120,10 @@ class Assemblies:
             problem = loaded.why_not(args, kwargs)
             if problem is not None:
                 continue
-            bound = loaded.bind(function, self._owner)
-            if isinstance(bound, Reason):
-                problem = bound.message
-                self._session.emit(AssemblyRejected(self._session.name, loaded.key, bound))
+            rejected = self._bind(loaded, function)
+            if rejected is not None:
+                problem = rejected.message
                 continue
-            self.tie(loaded, bound)
             own_args = args if self._owner is None else args[1:]
             if self._looks_twice and self.second_look.disproves(
                 loaded, function, self._owner, own_args, kwargs
@@ -141,6 +135,15 @@ class Assemblies:
         self._session.emit(
             AssemblyMissed(self._session.name, key, self._session.key_parts(key), problem)
         )
+        return None
+
+    def _bind(self, loaded: LoadedAssembly, function: types.FunctionType) -> Reason | None:
+        """Tie an assembly to the model as it is now, or tell why it is not for it."""
+        bound = loaded.bind(function, self._owner)
+        if isinstance(bound, Reason):
+            self._session.emit(AssemblyRejected(self._session.name, loaded.key, bound))
+            return bound
+        self.tie(loaded, bound)
         return None
 
     def is_new(self, key: str) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from precast.compilers.chosen import ChosenCompilers
     from precast.compilers.interface import CompiledCallable
     from precast.compilers.job import JobResult
+    from precast.graph.key import Key
     from precast.graph.piece import Piece
     from precast.piece_result import PieceResult
 
@@ -158,9 +159,10 @@ class StoredPieces:
 
     # -- saving ----------------------------------------------------------------
 
-    def save(self, piece: Piece, compiler_name: str, done: JobResult) -> dict[str, Any] | None:
-        """Publish what a worker compiled, and return its record."""
-        key = self._compilers.compute_hash_keys(piece, self._compilers.make(compiler_name))
+    def save(
+        self, piece: Piece, compiler_name: str, key: Key, done: JobResult
+    ) -> dict[str, Any] | None:
+        """Publish what a worker compiled under its key, and return its record."""
         payload = self._storage.publish(
             key.digest,
             {

@@ -193,8 +193,9 @@ class InWorkers:
     def _save_and_load(self, miss: Miss, done: JobResult) -> PieceResult:
         assert done.compiler is not None
         compiler = self._compilers.name_from_worker(done.compiler)
-        key = self._compilers.compute_hash_keys(miss.piece, self._compilers.make(compiler)).digest
-        record = self._stored.save(miss.piece, compiler, done)
+        named = self._compilers.compute_hash_keys(miss.piece, self._compilers.make(compiler))
+        key = named.digest
+        record = self._stored.save(miss.piece, compiler, named, done)
         self._failures.forget(miss.work)
         num_bytes = sum(Path(path).stat().st_size for path in done.files.values())
         self._emit(
