@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from precast.behind import give_way
 from precast.errors import Reason
 from precast.runtime.collector import no_collection
 
@@ -46,6 +47,7 @@ def open_for(request: Request, assembly: Assembly, slots: SlotTable) -> LoadedAs
     target = request.target
     key = target.assembly_key(request.signature)
     loaded = target.assemblies.open(key, assembly, slots, request.function)
+    give_way()
     with request.ambient.around() as is_alike:
         if is_alike:  # Else the next call binds it, in its own thread.
             target.assemblies.bind_new(loaded, request.function)
@@ -82,7 +84,9 @@ def complete(
     loaded.assembly = assembly
     key = target.assembly_key(request.signature)
     target.assemblies.rename(loaded, key)
+    give_way()
     target.keep(loaded, key)
+    give_way()
     seconds = time.perf_counter() - request.started
     with target.assemblies.lock:
         if not _is_covered(request):

@@ -31,6 +31,7 @@ from precast.background.capture import (
     dump_model,
 )
 from precast.background.skeleton import CannotSendError, hollow
+from precast.behind import NAME, give_way, work_behind
 from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
@@ -40,15 +41,13 @@ from precast.runtime.gate import CallGate
 
 if TYPE_CHECKING:
     from precast.background.capture import Captured
+    from precast.graph.piece import Piece
     from precast.runtime.slot import SlotTable
     from precast.serving import CompiledModel
 
 # How long is waited for the thread, which may be tracing: at exit, and when a model is released.
 _EXIT_S = 0.8
 _RELEASE_S = 2.0
-# Before each step that holds the interpreter's lock for a while: calls wait for it, too. The first
-# is the answer to the call that asked.
-_AFTER_YOU_S = 0.01
 
 
 class Request:
@@ -104,7 +103,7 @@ class BackgroundCompiler:
         # Started here, and not by the first call, which is to be answered at once. A daemon: the
         # interpreter does not wait for it at exit.
         state.thread = threading.Thread(
-            target=_serve, args=(state, self.gate), name="precast-behind", daemon=True
+            target=_serve, args=(state, self.gate), name=NAME, daemon=True
         )
         state.thread.start()
         # At exit too: workers must not outlive us, nor their files. Holds no reference to us.
@@ -180,6 +179,7 @@ class _State:
 
 
 def _serve(state: _State, gate: CallGate) -> None:
+    work_behind()
     while True:
         with state.condition:
             state.child = state.doing = state.current = None
@@ -187,7 +187,7 @@ def _serve(state: _State, gate: CallGate) -> None:
             state.condition.wait_for(lambda: state.waiting or state.is_ended)
             if state.is_ended:
                 return
-        time.sleep(_AFTER_YOU_S)
+        give_way()  # To the answer of the call that asked.
         with state.condition:
             if not state.waiting:
                 continue  # Ended meanwhile.
@@ -307,6 +307,22 @@ def _capture_here(state: _State, gate: CallGate, request: Request, problem: str)
                 )
 
 
+def _pending(piece: Piece) -> PieceResult:
+    give_way()  # Text becomes a function: a millisecond or more each.
+    return pending_result(piece)
+
+
+def _wake_gpu() -> None:
+    """Let this thread do on a GPU what each does once: milliseconds, in parts."""
+    import torch
+
+    small = torch.zeros(8, 8).to("cuda")
+    give_way()
+    torch.cuda.current_blas_handle()
+    give_way()
+    torch.mm(small, small)
+
+
 class _Growth:
     """An assembly whose pieces land one by one.
 
@@ -318,7 +334,7 @@ class _Growth:
         self._state = state
         self._request = request
         self._blueprint: Blueprint = captured.blueprint
-        self._results = [pending_result(piece) for piece in self._blueprint.pieces]
+        self._results = list(map(_pending, self._blueprint.pieces))
         self._loaded: LoadedAssembly | None = None
 
     def run(self) -> None:
@@ -343,7 +359,7 @@ class _Growth:
     def _take(self, number: int, result: PieceResult) -> None:
         if self._state.is_ended:
             raise CalledOffError
-        time.sleep(_AFTER_YOU_S)
+        give_way()
         with no_collection():
             self._swap_in(number, result)
 
@@ -373,9 +389,9 @@ class _Growth:
     def _install(self) -> None:
         request = self._request
         assembly = self._blueprint.assembly(self._results)
+        give_way()
         self._loaded = handover.open_for(request, assembly, self._slots())
         everything = range(len(self._results))
-        time.sleep(_AFTER_YOU_S)
         self._try_out(self._loaded, everything)
         handover.admit(request, self._loaded)
         self._tell(everything)
@@ -386,11 +402,13 @@ class _Growth:
     def _try_out(self, loaded: LoadedAssembly, numbers: Sequence[int]) -> None:
         """Run new code once, with the model's weights: what it loads late is then no call's wait.
 
-        A GPU's kernels are opened at their first run, and a library's pages read.
+        A GPU's kernels are opened at their first run, and a library's pages read. While one is
+        opened no other starts, in any thread: at sizes as they are usual, matrix products and the
+        like are opened already, by eager calls.
         """
         import torch
 
-        from precast.graph.read import edge_sizes, random_inputs
+        from precast.graph.read import edge_sizes, zero_inputs
 
         if not isinstance(loaded.bound, Bound):
             return
@@ -403,11 +421,18 @@ class _Growth:
             piece, result = self._blueprint.pieces[number], self._results[number]
             if result.compiler == "eager" or piece.mutated:
                 continue
+            if piece.device == "cuda":
+                _wake_gpu()
+                sizes = edge_sizes(piece, keep_alike=True)[0]
+            else:
+                sizes = min(edge_sizes(piece), key=lambda row: sum(row.values()))
             first = len(piece.inputs) - len(group)
-            sizes = min(edge_sizes(piece), key=lambda row: sum(row.values()))
             known = {first + i: weights[position] for i, position in enumerate(group)}
             with torch.no_grad(), contextlib.suppress(Exception):
-                result.call(random_inputs(piece, sizes, 0, known))
+                give_way()
+                inputs = zero_inputs(piece, sizes, known)
+                give_way()
+                result.call(inputs)
 
     def _tell(self, numbers: Sequence[int]) -> None:
         session = self._request.target.session

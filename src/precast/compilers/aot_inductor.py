@@ -28,7 +28,7 @@ class AOTInductorAdaptor:
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version, to be raised with every change of options or format."""
-        return {"compiler": "aot_inductor", "adaptor": "1", "wrapper": "O1", "entry": "unlocked, 2"}
+        return {"compiler": "aot_inductor", "adaptor": "1", "wrapper": "O1", "entry": "unlocked, 3"}
 
     def compile(self, piece: Piece, directory: str) -> CompiledPiece:
         """Compile into `directory`: 4 to 6 s on a CPU, mostly g++."""

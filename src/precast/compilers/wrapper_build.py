@@ -8,6 +8,7 @@ together, and with them an instance of `std::regex` that parses the name of a de
   joined to each model's object;
 - the parser of device names is one without a regular expression, in a copy of torch's header that
   is found before the original;
+- a GPU's kernels are loaded with pauses where calls are served meanwhile;
 - the interface's entry lets other Python threads run while a piece does, as every operator of torch
   does when it runs eager. torch's runner keeps Python's lock, and a server stands still meanwhile.
 
@@ -26,6 +27,8 @@ import subprocess
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+
+from precast.behind import NAME
 
 _HEADER = Path("torch/csrc/inductor/aoti_runtime/model_base.h")
 _PARSER = re.compile(r"^inline void parse_device_str\(.*?^}$", re.DOTALL | re.MULTILINE)
@@ -166,6 +169,31 @@ AOTIRuntimeError AOTInductorModelContainerDelete(
 }
 """
 
+# A GPU's driver starts no kernel, for any thread, while it loads one: a millisecond each. In the
+# thread that works behind calls (`behind.py`) there is time for calls between two.
+_LOADING = "CUDA_DRIVER_CHECK(cuModuleLoad"
+_GIVE_WAY = f"""\
+#include <pthread.h>
+#include <unistd.h>
+#include <cstring>
+
+static inline void precast_give_way() {{
+  char name[16] = "";
+  if (!pthread_getname_np(pthread_self(), name, sizeof(name)) &&
+      !std::strcmp(name, "{NAME}")) {{
+    usleep(5000);
+  }}
+}}
+
+"""
+
+
+def giving_way(source: str) -> str:
+    """Return a wrapper that pauses before each kernel that it loads behind calls."""
+    if _LOADING not in source:
+        return source
+    return _GIVE_WAY + source.replace(_LOADING, f"precast_give_way();\n{_LOADING}")
+
 
 def unlocked(interface: str) -> str:
     """Return torch's interface with an entry that gives Python's lock back; or as it is.
@@ -214,7 +242,7 @@ class WrapperBuild:
         command.extend(f"-fmacro-prefix-map={folder}/=" for folder in folders)
         model_source = Path(path).with_suffix(".model.cpp")
         includes = re.findall(r"^#include .*$", self._interface, re.MULTILINE)
-        model_source.write_text("\n".join((before, *includes, model)))
+        model_source.write_text(giving_way("\n".join((before, *includes, model))))
         shared = _SharedObject(
             command, before + unlocked(self._interface), self._folder, self._version
         )

@@ -197,6 +197,27 @@ def random_inputs(
     return inputs
 
 
+def zero_inputs(
+    piece: Piece, sizes: Mapping[str, int], known: Mapping[int, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return inputs full of zeros, those by position in `known` as they are.
+
+    Zero is a valid index into whatever has a row. Copied to where they live: the first of torch's
+    own kernels that fills a GPU's memory takes milliseconds to load, in which no other starts.
+    """
+    import torch
+
+    inputs = []
+    for position, spec in enumerate(piece.inputs):
+        tensor = known.get(position)
+        if tensor is None:
+            shape, stride, num_elements = _layout(spec, sizes)
+            storage = torch.zeros(num_elements, dtype=dtype_of(spec.dtype))
+            tensor = storage.to(spec.device).as_strided(shape, stride)
+        inputs.append(tensor)
+    return inputs
+
+
 def reads_indices(piece: Piece) -> bool:
     """Whether a piece may look up one size in another, so that only some sizes go together."""
     return "arange" in piece.text or any("int" in spec.dtype for spec in piece.inputs)
@@ -471,15 +492,20 @@ def _is_consistent(piece: Piece, sizes: Mapping[str, int]) -> bool:
 # --- Values.
 
 
+def _layout(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[list[int], list[int], int]:
+    """Return a tensor's shape, its strides, and how many elements its memory has."""
+    shape = [int(evaluate_size(size, sizes)) for size in spec.shape]
+    stride = [int(evaluate_size(size, sizes)) for size in spec.stride]
+    last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return shape, stride, 0 if 0 in shape else last + 1
+
+
 def _random_tensor(
     spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator, integers_below: int
 ) -> torch.Tensor:
     import torch
 
-    shape = [int(evaluate_size(size, sizes)) for size in spec.shape]
-    stride = [int(evaluate_size(size, sizes)) for size in spec.stride]
-    last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    num_elements = 0 if 0 in shape else last + 1
+    shape, stride, num_elements = _layout(spec, sizes)
     dtype = dtype_of(spec.dtype)
     where: dict[str, Any] = {"generator": generator, "device": spec.device}
     if dtype.is_complex:

@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from precast.behind import give_way
 from precast.compilers.job import CompileJob, JobResult
 from precast.errors import CompileError, PrecastError, Reason
 from precast.events import Emit, PieceCompiled, PieceFailed, PieceVerified, VerifyMismatched
@@ -134,6 +135,7 @@ class InWorkers:
                 return self.call_off(miss)  # By us: it says nothing of the piece.
             is_killed = getattr(error, "signal", None) == signal.SIGKILL
             return self._in_parts_or_eager(miss, error.reason, max_parts, is_killed=is_killed)
+        give_way()
         self._report_failures(miss, done)
         if done.compiler is None:
             return self._answer_for_none(miss, done, max_parts)
@@ -205,6 +207,7 @@ class InWorkers:
         report_passes(passes, miss.name, key, self._emit)
         if done.verify:
             self._emit(PieceVerified(miss.name, key, done.verify.get("max_abs_error", 0.0)))
+        give_way()
         call = self._stored.load(record, name=miss.name) if record is not None else None
         if call is None:
             # No tier could keep it: open it where the worker left it.

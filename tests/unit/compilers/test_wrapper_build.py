@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from precast import behind
 from precast.compilers import wrapper_build
 from precast.compilers.wrapper_build import WrapperBuild
 from precast.torch_private import aoti_interface
 
 INTERFACE = "#include <string>\nint interface() { return 1; }"
+
+
+def kernel_loading_source() -> str:
+    """Return the C++ with which torch's wrappers load a GPU's kernels."""
+    from torch._inductor.codegen.common import get_device_op_overrides
+
+    return get_device_op_overrides("cuda").kernel_driver()
+
+
 # A compiler in name: notes its arguments and makes the file that it is asked for.
 FAKE_COMPILER = """#!{python}
 import sys, time
@@ -69,6 +79,22 @@ def test_an_interface_of_another_form_is_compiled_as_it_is() -> None:
     assert wrapper_build.unlocked(INTERFACE) == INTERFACE
     twice = 2 * f"{wrapper_build._RUN}) {{}}\n{wrapper_build._DELETE}) {{}}\n"
     assert wrapper_build.unlocked(twice) == twice
+
+
+def test_a_wrapper_gives_way_before_each_kernel_that_it_loads() -> None:
+    assert wrapper_build.giving_way("int model();") == "int model();"
+    loads = [
+        f"{wrapper_build._LOADING}(&mod, filePath.c_str()));",
+        f"{wrapper_build._LOADING}Data(&mod, start));",
+    ]
+    changed = wrapper_build.giving_way("\n".join(loads)).splitlines()
+    for load in loads:
+        assert changed[changed.index(load) - 1] == "precast_give_way();"
+    assert f'std::strcmp(name, "{behind.NAME}")' in "\n".join(changed)
+
+
+def test_torch_still_loads_kernels_as_the_change_expects() -> None:
+    assert wrapper_build._LOADING in kernel_loading_source()
 
 
 def test_several_at_once_share_one_interface(tmp_path: Path, compiler: Path) -> None:

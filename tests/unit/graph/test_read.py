@@ -16,6 +16,7 @@ from precast.graph.read import (
     random_inputs,
     read_piece,
     symbol_hints,
+    zero_inputs,
     zero_sizes,
 )
 from unit.compilers.example_pieces import GATED, MUTATING, TINY, spec
@@ -104,6 +105,19 @@ def test_random_inputs_have_the_strides_of_the_spec() -> None:
     assert (floats.shape, floats.stride()) == ((6, 4), (1, 6))
     assert set(integers.tolist()) <= {0, 1}
     assert torch.equal(floats, random_inputs(piece, {"s0": 6}, 1)[0])
+
+
+def test_zero_inputs_have_the_strides_of_the_spec_and_take_what_is_known() -> None:
+    inputs = (spec("s0", 4, stride=(1, "s0")), spec(3, dtype="int64"), spec(2, dtype="bfloat16"))
+    weight = torch.ones(2, dtype=torch.bfloat16)
+    floats, integers, known = zero_inputs(replace(TINY, inputs=inputs), {"s0": 6}, {2: weight})
+
+    assert (floats.shape, floats.stride()) == ((6, 4), (1, 6))
+    assert not floats.any()
+    assert torch.equal(integers, torch.zeros(3, dtype=torch.int64))
+    assert known is weight
+    empty = zero_inputs(replace(TINY, inputs=inputs[:1]), {"s0": 0}, {})[0]
+    assert (empty.shape, empty.stride()) == ((0, 4), (1, 0))
 
 
 def test_edge_sizes_lie_within_the_ranges() -> None:
