@@ -84,6 +84,10 @@ class Assemblies:
     def _known(self) -> set[str]:
         return {loaded.key for loaded in self.loaded}
 
+    def _known_on(self, gpu: int | None) -> set[str]:
+        """Return the names of what need not be loaded once more: for another GPU it is."""
+        return {loaded.key for loaded in self.loaded if loaded.gpu in (None, gpu)}
+
     # -- finding -----------------------------------------------------------------
 
     def rebind(
@@ -105,6 +109,7 @@ class Assemblies:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         started: float,
+        gpu: int | None,
     ) -> LoadedAssembly | None:
         """Find a stored assembly for a call, and let it serve from now on.
 
@@ -114,9 +119,10 @@ class Assemblies:
             args: The call's, with the owner.
             kwargs: The call's.
             started: When the start began.
+            gpu: The number of the GPU that the model is on.
         """
         problem = None
-        for loaded in self._candidates.sound(key, self._known(), function):
+        for loaded in self._candidates.sound(key, self._known_on(gpu), function, gpu):
             problem = loaded.why_not(args, kwargs)
             if problem is not None:
                 continue
@@ -153,11 +159,16 @@ class Assemblies:
     # -- new ones ----------------------------------------------------------------
 
     def open(
-        self, key: str, assembly: Assembly, slots: SlotTable, function: types.FunctionType
+        self,
+        key: str,
+        assembly: Assembly,
+        slots: SlotTable,
+        function: types.FunctionType,
+        gpu: int | None,
     ) -> LoadedAssembly:
         """Return an assembly, not bound yet, under the name by which it will be found again."""
         name = self._candidates.free_name(key, self._known(), assembly)
-        return open_assembly(assembly, name, slots, function)
+        return open_assembly(assembly, name, slots, function, gpu)
 
     def bind_new(self, loaded: LoadedAssembly, function: types.FunctionType) -> None:
         """Bind an assembly to the model that it was made from.

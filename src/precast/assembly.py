@@ -22,17 +22,19 @@ from precast.binding import Binding, bind
 from precast.contract import Contract, decode, encode
 from precast.errors import ArtifactIncompatibleError, Reason
 from precast.machine import python_identity
+from precast.runtime.gpu import on_gpu, run_on
 from precast.runtime.packed import CannotPack, pack
 from precast.runtime.slot import SlotTable
 from precast.stitch import SerializableFunction
 
-ASSEMBLY_VERSION = 2
+ASSEMBLY_VERSION = 3
 _FIELDS = (
     "call_check",
     "contract",
     "entry",
     "example",
     "execution",
+    "gpu",
     "groups",
     "mutates",
     "packs",
@@ -52,9 +54,10 @@ class Assembly:
     slot was inlined). `groups` are the positions of each slot's weights in the contract's list,
     `rest` the weights that the execution code takes by name. Positions past that list's end are
     tensors of `packs`: each stacks the weights at the positions that it names. `passes` says what
-    passes did to the whole graph. `example` is the shape of each
-    tensor of the captured call, `texts` are the digests of the
-    pieces' texts, for revalidation. `mutates`: a call writes into its arguments or the model.
+    passes did to the whole graph. `gpu` is None for a model that is on none, "any", or the number
+    of the one that its contract names. `example` is the shape of each tensor of the captured call,
+    `texts` are the digests of the pieces' texts, for revalidation. `mutates`: a call writes into
+    its arguments or the model.
     """
 
     __slots__ = _FIELDS
@@ -64,6 +67,7 @@ class Assembly:
     entry: Mapping[str, Any]
     example: Sequence[Sequence[int]]
     execution: Mapping[str, Any]
+    gpu: str | int | None
     groups: Sequence[Sequence[int]]
     mutates: bool
     packs: Sequence[Sequence[int]]
@@ -77,6 +81,20 @@ class Assembly:
     def __init__(self, **fields: Any) -> None:
         for name in _FIELDS:
             setattr(self, name, fields[name])
+
+    def gpu_for(self, model_gpu: int | None) -> int | None:
+        """Return the number of the GPU to open this for; None: on none.
+
+        Args:
+            model_gpu: That of the model. None: it is not known, and so the current one.
+        """
+        if self.gpu != "any":
+            return self.gpu  # type: ignore[return-value]
+        if model_gpu is not None:
+            return model_gpu
+        import torch
+
+        return torch.cuda.current_device()
 
     def to_json(self) -> dict[str, Any]:
         """Return the assembly as JSON data."""
@@ -137,6 +155,7 @@ class LoadedAssembly:
         "assembly",
         "bound",
         "check",
+        "gpu",
         "key",
         "slots",
     )
@@ -149,8 +168,10 @@ class LoadedAssembly:
         check: Callable[..., int],
         code: types.CodeType,
         execution: Callable[..., Any],
+        gpu: int | None,
     ) -> None:
         self.assembly = assembly
+        self.gpu = gpu
         self.key = key
         self.slots = slots
         self.check = check
@@ -187,7 +208,7 @@ class LoadedAssembly:
 
     def bind(self, function: types.FunctionType, owner: Any) -> Bound | Reason:
         """Tie the assembly to a model as it is now, or say why it is not for it."""
-        binding = bind(self._contract, function, owner)
+        binding = bind(self._contract, function, owner, gpu=self.gpu)
         if isinstance(binding, Reason):
             return binding
         try:
@@ -219,7 +240,7 @@ class LoadedAssembly:
             weights = [*weights, *packed]
         groups = [[weights[i] for i in group] for group in self.assembly.groups]
         rest = [weights[i] for i in self.assembly.rest]
-        execute = partial(self._execution, self.slots.callables, groups, *rest)
+        execute = run_on(self.gpu, partial(self._execution, self.slots.callables, groups, *rest))
         entry = self.assembly.entry
         entry_globals = _entry_globals(entry["recipes"], function)
         entry_globals[entry["backend_name"]] = execute
@@ -289,8 +310,15 @@ class _DynamoUtils:
         return getattr(decode(["module", "torch._dynamo.utils"]), name)
 
 
-def open_check(data: Mapping[str, Any], function: types.FunctionType) -> Callable[..., int]:
+def open_check(
+    data: Mapping[str, Any], function: types.FunctionType, gpu: int | None = None
+) -> Callable[..., int]:
     """Return a call check as a function that takes what `function` takes.
+
+    Args:
+        data: The check, as captured.
+        function: What it checks calls of.
+        gpu: The number of the GPU that tensors have to be on; None: on none.
 
     Raises:
         LookupError: A class or function that it names is not there.
@@ -305,6 +333,7 @@ def open_check(data: Mapping[str, Any], function: types.FunctionType) -> Callabl
         data["filename"],
     )
     namespace: dict[str, Any] = {
+        "GPU": gpu,
         "TENSORS": frozenset((torch.Tensor, torch.nn.Parameter)),
         "are_apart": are_apart,
         "encode": encode,
@@ -320,20 +349,33 @@ def open_check(data: Mapping[str, Any], function: types.FunctionType) -> Callabl
 
 
 def open_assembly(
-    assembly: Assembly, key: str, slots: SlotTable, function: types.FunctionType
+    assembly: Assembly,
+    key: str,
+    slots: SlotTable,
+    function: types.FunctionType,
+    model_gpu: int | None = None,
 ) -> LoadedAssembly:
     """Return an assembly with its code loaded.
+
+    Args:
+        assembly: To open.
+        key: Its name in the cache.
+        slots: With its pieces, loaded on the GPU of the model.
+        function: What it serves.
+        model_gpu: Its number, as `Assembly.gpu_for` takes it.
 
     Raises:
         ArtifactIncompatibleError: A part is of another Python or names what is not there.
     """
+    gpu = assembly.gpu_for(model_gpu)
     try:
-        check = open_check(assembly.call_check, function)
+        check = open_check(assembly.call_check, function, gpu)
         code = marshal.loads(base64.b64decode(assembly.entry["marshalled"]))
         for place, data in assembly.entry["objects"]:
             code = _with_constant(code, place, decode(data))
-        execution = SerializableFunction.from_json(assembly.execution).function
-        return LoadedAssembly(assembly, key, slots, check, code, execution)
+        with on_gpu(gpu):  # Constants go there.
+            execution = SerializableFunction.from_json(assembly.execution).function
+        return LoadedAssembly(assembly, key, slots, check, code, execution, gpu)
     except (LookupError, ValueError, EOFError, TypeError) as error:
         raise ArtifactIncompatibleError(
             "assembly",

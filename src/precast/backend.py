@@ -7,6 +7,7 @@ only the pieces come from the cache.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from precast.blueprint import Blueprint, narrowed_ranges, slot_table
 from precast.drawing import MayPack, cut_and_write, digest_of_text, draw, pack_nothing
 from precast.errors import Reason
 from precast.events import Emit, FellBack
+from precast.graph.gpus import single_gpu
 from precast.passes.chosen import ChosenPasses
+from precast.runtime.gpu import on_gpu, run_on
 from precast.runtime.packed import may_pack
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ def blueprint_of(
     from precast.stitch import SerializableFunction
 
     assert capture.contract is not None
+    gpu = capture.gpu
     num_nodes = len(capture.graph_module.graph.nodes)
     drawing = draw(
         capture.graph_module,
@@ -70,13 +74,17 @@ def blueprint_of(
     capture.contract.code.extend(native_digests(drawing.execution.targets))
     position = {name: i for i, name in enumerate([*capture.weights, *drawing.packs])}
     used = [symbol for symbols in drawing.symbols for symbol in symbols.values()]
+    check = capture.open_check(sorted(drawing.mutated), used)
+    contract, entry = capture.contract.to_json(), capture.entry.to_json()
     return Blueprint(
-        check=capture.open_check(sorted(drawing.mutated), used),
-        contract=capture.contract.to_json(),
-        entry=capture.entry.to_json(),
+        check=check,
+        contract=contract,
+        entry=entry,
         example=example,
         execution=SerializableFunction(drawing.execution).to_json(),
+        gpu=gpu,
         groups=[[position[name] for name in group] for group in drawing.groups],
+        is_for_any_gpu=gpu is not None and not _names_a_gpu(check["constants"], contract, entry),
         mutates=bool(drawing.mutated),
         names=drawing.names,
         num_guards=capture.num_guards,
@@ -92,6 +100,11 @@ def blueprint_of(
     )
 
 
+def _names_a_gpu(*parts: Any) -> bool:
+    """Whether what must hold for a call names a GPU: an attribute of the model does, say."""
+    return any('"cuda:' in json.dumps(part) for part in parts)
+
+
 def packing_rule(capture: Capture, function: Any, owner: Any, passes: ChosenPasses) -> MayPack:
     """Return what tells whether weights, by name, may become views of one tensor.
 
@@ -100,7 +113,7 @@ def packing_rule(capture: Capture, function: Any, owner: Any, passes: ChosenPass
     if not passes.may_pack:
         return pack_nothing
     assert capture.contract is not None
-    binding = bind(capture.contract, function, owner)
+    binding = bind(capture.contract, function, owner, gpu=capture.gpu)
     if isinstance(binding, Reason):
         return pack_nothing  # Whoever binds it next will say so.
     weights = dict(zip(capture.weights, binding.weights, strict=True))
@@ -160,6 +173,7 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     eager = graph_module.forward
     started = time.perf_counter()
     try:
+        gpu = single_gpu(graph_module, session.name)
         drawing = draw(
             _copy_graph(graph_module),
             ranges=ranges,
@@ -172,7 +186,8 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
             passes=session.passes,
             may_pack=pack_nothing,
         )
-        results = session.manager.compile(drawing.pieces, drawing.names)
+        with on_gpu(gpu):
+            results = session.manager.compile(drawing.pieces, drawing.names)
     except PrecastError as error:
         if session.config.on_error == "raise":
             raise
@@ -181,7 +196,7 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     finally:
         session.manager.close()
     execution = drawing.execution
-    execute = execution.compile()
+    execute = run_on(gpu, execution.compile())
     table = slot_table(drawing.slots, results)
     callables = table.callables
     found = [result for result in results if result.from_cache]

@@ -108,6 +108,7 @@ def bind(
     function: types.FunctionType,
     owner: Any,
     *,
+    gpu: int | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Binding | Reason:
     """Check a contract against the model as it is now.
@@ -116,13 +117,14 @@ def bind(
         contract: What must hold.
         function: The function that was captured (`type(model).forward`, unbound).
         owner: The model that the function is a method of, or None for a plain function.
+        gpu: The number of the GPU that the code is opened for.
         state: `ambient_state()` if the caller has it already.
 
     Returns:
         The binding, or the reason why the assembly is not for this model.
     """
     try:
-        return _bind(contract, function, owner, ambient_state() if state is None else state)
+        return _bind(contract, function, owner, gpu, ambient_state() if state is None else state)
     except Mismatch as mismatch:
         return Reason(
             "outside-contract",
@@ -204,7 +206,11 @@ class _Contains:
 
 
 def _bind(
-    contract: Contract, function: types.FunctionType, owner: Any, state: Mapping[str, Any]
+    contract: Contract,
+    function: types.FunctionType,
+    owner: Any,
+    gpu: int | None,
+    state: Mapping[str, Any],
 ) -> Binding:
     import torch
 
@@ -238,7 +244,7 @@ def _bind(
             if is_fixed(kind.__module__):
                 _require_own_forward(kind, places)
     for index, kind, payload in contract.checks:
-        if not _holds(kind, payload, values[index], values, sized):
+        if not _holds(kind, payload, values[index], values, sized, gpu):
             raise Mismatch(_describe(contract, index, kind, payload, values[index]))
         if kind == "has_key" and type(values[index]) is set:
             places.append((_Contains(values[index]), payload[0], payload[1]))
@@ -248,8 +254,8 @@ def _bind(
     for index, tensor, spec in zip(contract.weights, weights, contract.specs, strict=True):
         if checked.get(index) == spec and isinstance(tensor, torch.Tensor):
             continue
-        if not isinstance(tensor, torch.Tensor) or tensor_spec(tensor) != spec:
-            found = tensor_spec(tensor) if isinstance(tensor, torch.Tensor) else type(tensor)
+        if not isinstance(tensor, torch.Tensor) or tensor_spec(tensor, gpu) != spec:
+            found = tensor_spec(tensor, gpu) if isinstance(tensor, torch.Tensor) else type(tensor)
             raise Mismatch(f"{contract.node_name(index)} is {found}, was {spec}")
 
     hook_dicts: list[Any] = []
@@ -421,7 +427,9 @@ def _global(
     return value
 
 
-def _holds(kind: str, payload: Any, value: Any, values: list[Any], sized: list[Any]) -> bool:
+def _holds(
+    kind: str, payload: Any, value: Any, values: list[Any], sized: list[Any], gpu: int | None
+) -> bool:
     match kind:
         case "value":
             try:
@@ -449,7 +457,7 @@ def _holds(kind: str, payload: Any, value: Any, values: list[Any], sized: list[A
         case "same":
             return value is values[payload]
         case "tensor":
-            return hasattr(value, "stride") and tensor_spec(value) == payload
+            return hasattr(value, "stride") and tensor_spec(value, gpu) == payload
     raise Mismatch(f"a check of an unknown kind {kind!r}")
 
 

@@ -23,7 +23,9 @@ _FIELDS = (
     "entry",
     "example",
     "execution",
+    "gpu",
     "groups",
+    "is_for_any_gpu",
     "mutates",
     "names",
     "num_guards",
@@ -44,7 +46,8 @@ class Blueprint:
 
     `pieces` are the unique pieces and `names` theirs. `slots` says of each slot which piece it
     runs (None: inlined) and what it is called, `symbols` which captured size each of the piece's
-    symbols is there. `check` is the call check, still open for the sizes that compiled code takes.
+    symbols is there. `gpu` is the number of the one that it was captured on. `check` is the call
+    check, still open for the sizes that compiled code takes.
     """
 
     __slots__ = _FIELDS
@@ -54,7 +57,9 @@ class Blueprint:
     entry: Mapping[str, Any]
     example: Sequence[Sequence[int]]
     execution: Mapping[str, Any]
+    gpu: int | None
     groups: Sequence[Sequence[int]]
+    is_for_any_gpu: bool
     mutates: bool
     names: Sequence[str]
     num_guards: int
@@ -100,6 +105,7 @@ class Blueprint:
             entry=self.entry,
             example=self.example,
             execution=self.execution,
+            gpu="any" if self.is_for_any_gpu else self.gpu,
             groups=self.groups,
             mutates=self.mutates,
             packs=self.packs,

@@ -14,6 +14,7 @@ from precast.assembly import Assembly, LoadedAssembly, open_assembly
 from precast.cache.trust import is_unsigned
 from precast.errors import ArtifactError, Reason, in_words
 from precast.events import AssemblyRejected
+from precast.runtime.gpu import on_gpu
 from precast.runtime.slot import Slot, SlotTable
 from precast.session import Session
 
@@ -28,13 +29,16 @@ class Candidates:
         self._unsound: set[str] = set()
         self._next: dict[str, str] = {}  # For each key the first name that was not there.
 
-    def sound(self, key: str, known: Set[str], function: FunctionType) -> Iterator[LoadedAssembly]:
+    def sound(
+        self, key: str, known: Set[str], function: FunctionType, gpu: int | None
+    ) -> Iterator[LoadedAssembly]:
         """Load one stored assembly after the other, those that are not sound left out.
 
         Args:
             key: What all of them are stored for.
             known: Names of those that are loaded already.
             function: What they are to serve.
+            gpu: The number of the GPU that the model is on.
         """
         for number in range(_MOST_CANDIDATES):
             candidate = f"{key}-{number}"
@@ -45,7 +49,7 @@ class Candidates:
                 self._next[key] = candidate
                 return
             try:
-                loaded = self._open(manifest, candidate, function)
+                loaded = self._open(manifest, candidate, function, gpu)
             except Exception as error:
                 if self._session.config.on_error == "raise" and not isinstance(
                     error, ArtifactError | LookupError
@@ -90,7 +94,7 @@ class Candidates:
         )
 
     def _open(
-        self, manifest: Mapping[str, Any], key: str, function: FunctionType
+        self, manifest: Mapping[str, Any], key: str, function: FunctionType, gpu: int | None
     ) -> LoadedAssembly | str | None:
         """Load the code of a stored assembly; None where an artifact is not sound.
 
@@ -101,9 +105,10 @@ class Candidates:
         for record in assembly.pieces:
             if not self._session.manager.failures.still_stands(record):
                 return "a piece of it failed, and may be tried again now"
-            call = self._session.manager.stored.load(
-                record, name=self._session.name, unsigned=is_unsigned(manifest)
-            )
+            with on_gpu(assembly.gpu_for(gpu)):
+                call = self._session.manager.stored.load(
+                    record, name=self._session.name, unsigned=is_unsigned(manifest)
+                )
             if call is None:
                 return None
             calls.append(call)
@@ -114,7 +119,7 @@ class Candidates:
                 continue
             record = assembly.pieces[number]
             slots.add(calls[number], self._slot_of_record(name, record))
-        return open_assembly(assembly, key, slots, function)
+        return open_assembly(assembly, key, slots, function, gpu)
 
     def _slot_of_record(self, name: str, record: Mapping[str, Any]) -> Slot:
         reason = self._session.manager.failures.reason_of(record)

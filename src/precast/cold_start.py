@@ -18,6 +18,7 @@ from precast.capture.fingerprint import example_shapes
 from precast.contract import Unrecordable
 from precast.errors import CaptureError
 from precast.events import CaptureFinished
+from precast.runtime.gpu import gpu_of, on_gpu
 
 if TYPE_CHECKING:
     import types
@@ -53,7 +54,8 @@ def capture_and_compile(
         MustTrace: Dynamo has to keep the guards.
         CaptureError: There is no graph.
     """
-    session.manager.prestart()
+    with on_gpu(gpu_of(owner, args, kwargs)):
+        session.manager.prestart()
     try:
         try:
             capture = capture_call(
@@ -87,7 +89,8 @@ def capture_and_compile(
             session.passes,
             packing_rule(capture, function, owner, session.passes),
         )
-        return blueprint, session.manager.compile(blueprint.pieces, blueprint.names)
+        with on_gpu(blueprint.gpu):
+            return blueprint, session.manager.compile(blueprint.pieces, blueprint.names)
     finally:
         session.manager.close()
 

@@ -383,13 +383,19 @@ def autocast_state() -> list[list[str]]:
     ]
 
 
-def tensor_spec(tensor: Any) -> list[Any]:
-    """What must not change of a bound tensor: dtype, shape, stride, device, layout."""
+def tensor_spec(tensor: Any, gpu: int | None = None) -> list[Any]:
+    """What must not change of a bound tensor: dtype, shape, stride, device, layout.
+
+    Args:
+        tensor: That is bound.
+        gpu: The number of the GPU that the model is on, which is not part of a contract.
+    """
+    device = str(tensor.device)
     return [
         str(tensor.dtype),
         list(tensor.shape),
         list(tensor.stride()),
-        str(tensor.device),
+        "cuda" if device == f"cuda:{gpu}" else device,
     ]
 
 

@@ -32,21 +32,25 @@ def is_served(request: Request) -> bool:
     key = target.assembly_key(request.signature)
     args, kwargs = _full_args(request), request.kwargs
     with request.ambient.around() as is_alike, no_collection():
-        if is_alike and target.assemblies.load(key, target.function, args, kwargs, request.started):
+        if is_alike and target.assemblies.load(
+            key, target.function, args, kwargs, request.started, request.gpu
+        ):
             return True
     with target.assemblies.lock:
         return target.is_full(request.signature)
 
 
-def open_for(request: Request, assembly: Assembly, slots: SlotTable) -> LoadedAssembly:
-    """Return an assembly ready to serve the call that asked.
+def open_for(
+    request: Request, assembly: Assembly, slots: SlotTable, gpu: int | None
+) -> LoadedAssembly:
+    """Return an assembly ready to serve the call that asked, on a GPU.
 
     Raises:
         CaptureError: Its contract does not hold for the model.
     """
     target = request.target
     key = target.assembly_key(request.signature)
-    loaded = target.assemblies.open(key, assembly, slots, request.function)
+    loaded = target.assemblies.open(key, assembly, slots, request.function, gpu)
     give_way()
     with request.ambient.around() as is_alike:
         if is_alike:  # Else the next call binds it, in its own thread.

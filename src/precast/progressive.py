@@ -38,6 +38,7 @@ from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
 from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
 from precast.runtime.gate import CallGate
+from precast.runtime.gpu import gpu_of, on_gpu
 
 if TYPE_CHECKING:
     from precast.background.capture import Captured
@@ -64,6 +65,7 @@ class Request:
         self.target = target
         self.signature = signature
         self.function = target.function
+        self.gpu = gpu_of(target.owner, args, kwargs)
         self.ambient = Ambient.now()
         self.started = time.perf_counter()
         self.args, self.kwargs = hollow_call(args, kwargs)
@@ -200,15 +202,17 @@ def _serve(state: _State, gate: CallGate) -> None:
 def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> None:
     target = request.target
     try:
-        if handover.is_served(request):
-            return
-        target.session.manager.prestart()
+        with on_gpu(request.gpu):
+            if handover.is_served(request):
+                return
+            target.session.manager.prestart()
         state.doing = "capturing"
         captured = _capture(state, gate, request, child)
         state.doing = "compiling"
-        with no_collection():
-            growth = _Growth(state, request, captured)
-        growth.run()
+        with on_gpu(captured.blueprint.gpu):
+            with no_collection():
+                growth = _Growth(state, request, captured)
+            growth.run()
     except CalledOffError:
         pass
     except Exception as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
@@ -375,7 +379,11 @@ class _Growth:
         if result.ranges and before.ranges != result.ranges:
             # Calls inside go on with the slots that they have: the new code may not be for them.
             successor = open_assembly(
-                assembly, self._loaded.key, self._slots(), self._request.function
+                assembly,
+                self._loaded.key,
+                self._slots(),
+                self._request.function,
+                self._loaded.gpu,
             )
             handover.replace(self._request, self._loaded, successor)
             self._loaded = successor
@@ -390,7 +398,7 @@ class _Growth:
         request = self._request
         assembly = self._blueprint.assembly(self._results)
         give_way()
-        self._loaded = handover.open_for(request, assembly, self._slots())
+        self._loaded = handover.open_for(request, assembly, self._slots(), self._blueprint.gpu)
         everything = range(len(self._results))
         self._try_out(self._loaded, everything)
         handover.admit(request, self._loaded)

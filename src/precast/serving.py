@@ -30,6 +30,7 @@ from precast.events import (
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
 from precast.runtime.collector import no_collection
 from precast.runtime.dispatch import Dispatcher, needs_gradient
+from precast.runtime.gpu import gpu_of
 from precast.session import Session
 from precast.why_eager import MOST_FAILED_CALLS, WhyEager
 
@@ -224,7 +225,7 @@ class CompiledModel:
         if not is_behind or torch._C._len_torch_function_stack():
             key = self.assembly_key(signature)
             with no_collection():
-                loaded = self.assemblies.load(key, self.function, args, kwargs, started)
+                loaded = self._load(key, args, kwargs, started)
             if loaded is not None:
                 return loaded
         if is_behind:
@@ -253,6 +254,12 @@ class CompiledModel:
             self.session.emit(StartBrokenOff(self.session.name))
             raise
 
+    def _load(
+        self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
+    ) -> LoadedAssembly | None:
+        gpu = gpu_of(self.owner, args, kwargs)
+        return self.assemblies.load(key, self.function, args, kwargs, started, gpu)
+
     def _take_turn(
         self,
         key: str,
@@ -267,7 +274,7 @@ class CompiledModel:
         with self.session.manager.turn(
             key,
             lambda: self.assemblies.is_new(key),
-            lambda: self.assemblies.load(key, self.function, args, kwargs, started),
+            lambda: self._load(key, args, kwargs, started),
         ) as found:
             if found is not None:
                 return found
@@ -339,7 +346,7 @@ class CompiledModel:
             self._trace_on_start(str(finding), key)
             return None
         assembly, slots = blueprint.assembly(results), slot_table(blueprint.slots, results)
-        loaded = self.assemblies.open(key, assembly, slots, self.function)
+        loaded = self.assemblies.open(key, assembly, slots, self.function, blueprint.gpu)
         self.assemblies.bind_new(loaded, self.function)
         self.keep(loaded, key)
         self.assemblies.add(loaded)

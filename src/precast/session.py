@@ -216,11 +216,10 @@ def _gpus() -> list[str]:
     if not torch.cuda.is_initialized():
         return []
     kind = torch.cuda.get_device_capability()
-    alike = [
-        number
-        for number in range(torch.cuda.device_count())
-        if torch.cuda.get_device_capability(number) == kind
-    ]
+    count = torch.cuda.device_count()
+    if count == 1:
+        return []  # Nothing to choose from.
+    alike = [n for n in range(count) if torch.cuda.get_device_capability(n) == kind]
     return gpu_names(alike, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 

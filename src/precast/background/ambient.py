@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from precast.contract import ambient_state
+from precast.runtime.gpu import on_gpu
 from precast.values import Value
 
 
@@ -20,6 +21,7 @@ class Ambient(Value, kw_only=True):
     state: dict[str, Any]
     is_inference: bool
     is_grad_enabled: bool
+    gpu: int | None  # The current one: `device="cuda"` in a model's code is there.
 
     @staticmethod
     def now() -> Ambient:
@@ -30,6 +32,7 @@ class Ambient(Value, kw_only=True):
             state=ambient_state(),
             is_inference=torch.is_inference_mode_enabled(),
             is_grad_enabled=torch.is_grad_enabled(),
+            gpu=torch.cuda.current_device() if torch.cuda.is_initialized() else None,
         )
 
     @contextmanager
@@ -38,6 +41,7 @@ class Ambient(Value, kw_only=True):
         import torch
 
         with ExitStack() as stack:
+            stack.enter_context(on_gpu(self.gpu))
             stack.enter_context(torch.inference_mode(self.is_inference))
             stack.enter_context(torch.set_grad_enabled(self.is_grad_enabled))
             for device, dtype in self.state["autocast"]:

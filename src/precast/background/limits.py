@@ -30,11 +30,9 @@ def gpu_names(numbers: Sequence[int], visible: str | None) -> list[str]:
     """Return GPUs, numbered as this process sees them, as CUDA_VISIBLE_DEVICES names them.
 
     Args:
-        numbers: Of the GPUs. One alone needs no choice, and gives no names.
+        numbers: Of the GPUs.
         visible: The variable as this process has it: names in order, or None for all.
     """
-    if len(numbers) < 2:
-        return []
     names = visible.split(",") if visible else None
     return [str(number) if names is None else names[number].strip() for number in numbers]
 

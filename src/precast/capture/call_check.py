@@ -116,11 +116,14 @@ def signature_of(code: types.CodeType) -> str:
     return ", ".join(parts)
 
 
-def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any) -> None:
+def require_tensor(
+    writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any, gpu: int | None = None
+) -> None:
     """Require that a place holds a plain tensor like the captured one.
 
     `sizes` is Dynamo's (sizes, strides) of the place: symbolic where dynamic; relations
-    among symbols are conditions of their own. None: the tensor's own sizes, all static.
+    among symbols are conditions of their own. None: the tensor's own sizes, all static. `gpu` is
+    the number of the GPU that the model is on: the check gets it as `GPU` when it is opened.
     """
     name, meaning = writer.place(path), readable(path)
     shape, stride = (tuple(tensor.shape), tuple(tensor.stride())) if sizes is None else sizes
@@ -130,7 +133,9 @@ def require_tensor(writer: CallCheckWriter, path: Path, tensor: Any, sizes: Any)
     writer.require(f"type({name}) in TENSORS", f"{meaning} is a plain tensor")
     writer.require(f"{name}.dtype is {dtype}", f"{meaning} is {tensor.dtype}")
     writer.require(f"{name}.{on_device}", f"{meaning} is on {device.type}")
-    if device.index is not None:
+    if device.type == "cuda" and device.index == gpu:
+        writer.require(f"{name}.get_device() == GPU", f"{meaning} is on the model's GPU")
+    elif device.index is not None:
         writer.require(f"{name}.get_device() == {device.index}", f"{meaning} is on {device}")
     writer.unpack(name, len(shape), f"{meaning} has {len(shape)} dimensions")
     for dim, size in enumerate(shape):

@@ -29,6 +29,7 @@ from precast.contract import (
     tensor_spec,
 )
 from precast.errors import CaptureError
+from precast.graph.gpus import single_gpu
 from precast.graph.piece import SymbolRange
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Capture:
         "contract",
         "entry",
         "function",
+        "gpu",
         "graph_module",
         "live_globals",
         "num_guards",
@@ -66,6 +68,7 @@ class Capture:
         contract: Contract | None,
         recorder: GuardRecorder,
         function: types.FunctionType,
+        gpu: int | None,
         unrecordable: str | None,
         num_guards: int,
         sources: dict[str, str],
@@ -82,6 +85,7 @@ class Capture:
         self.contract = contract
         self.recorder = recorder
         self.function = function
+        self.gpu = gpu
         self.unrecordable = unrecordable
         self.num_guards = num_guards
 
@@ -153,7 +157,8 @@ def capture_call(
         name: Of the model, for errors.
 
     Raises:
-        CaptureError: Dynamo could not make one graph of it; says where in the user's code.
+        CaptureError: Dynamo could not make one graph of it; says where in the user's code. Or
+            it is on several GPUs.
         Unrecordable: The call's arguments cannot be described as data.
     """
     from precast.torch_private import capture_full_graph, placeholder_source
@@ -199,8 +204,9 @@ def capture_call(
     if raw is None:
         return None
     scope = Scope(function, owner is not None, raw.import_sources, raw.globals)
-    recorder = GuardRecorder(scope)
-    weights, specs = _record_inputs(raw, recorder)
+    gpu = single_gpu(raw.graph_module, name)
+    recorder = GuardRecorder(scope, gpu)
+    weights, specs = _record_inputs(raw, recorder, gpu)
     recorder.record_all(raw.guards, raw.sizes_strides)
     unrecordable: str | None = None
     contract: Contract | None = None
@@ -241,6 +247,7 @@ def capture_call(
         contract=contract,
         recorder=recorder,
         function=function,
+        gpu=gpu,
         unrecordable=unrecordable,
         num_guards=len(raw.guards),
         sources={node.name: placeholder_source(node) for node, _ in _placeholders(raw)},
@@ -263,7 +270,9 @@ def _placeholders(raw: Any) -> Iterator[tuple[Any, str]]:
                 yield node, "weight"
 
 
-def _record_inputs(raw: Any, recorder: GuardRecorder) -> tuple[list[int], list[list[Any]]]:
+def _record_inputs(
+    raw: Any, recorder: GuardRecorder, gpu: int | None
+) -> tuple[list[int], list[list[Any]]]:
     """Enter every graph input into the contract or the call check."""
     import torch
 
@@ -286,11 +295,11 @@ def _record_inputs(raw: Any, recorder: GuardRecorder) -> tuple[list[int], list[l
             raise Unrecordable(f"the input {source} is no tensor that tracing checked")
         if kind == "argument":
             require_tensor(
-                recorder.writer, parse_place(source), value, raw.sizes_strides.get(source)
+                recorder.writer, parse_place(source), value, raw.sizes_strides.get(source), gpu
             )
         else:
             weights.append(recorder.table.add(parse_place(source)))
-            specs.append(tensor_spec(value))
+            specs.append(tensor_spec(value, gpu))
     return weights, specs
 
 

@@ -59,8 +59,10 @@ _MODULE_DICTS = ("_modules", "_parameters", "_buffers", "__dict__")
 class GuardRecorder:
     """Takes Dynamo's guards one by one; gives a contract and a call check."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, gpu: int | None = None) -> None:
+        """Record nothing yet. `gpu` is the number of the one that the graph works on."""
         self.scope = scope
+        self._gpu = gpu
         self.table = PlaceTable()
         self.writer = CallCheckWriter(scope)
         self.checks: list[list[Any]] = []
@@ -150,7 +152,7 @@ class GuardRecorder:
             if other is not None:
                 self._check(path, "same", self.table.add(other))
             return
-        self._check(path, *_as_check(kind, value, options))
+        self._check(path, *_as_check(kind, value, options, self._gpu))
 
     def _check(self, path: Path, kind: str, payload: Any) -> None:
         index = self.table.add(path)
@@ -179,7 +181,7 @@ class GuardRecorder:
         name = writer.place(path)
         meaning = readable(path)
         if kind == "TENSOR_MATCH":
-            require_tensor(writer, path, value, sizes)
+            require_tensor(writer, path, value, sizes, self._gpu)
         elif kind in ("TYPE_MATCH", "DICT_VERSION"):
             constant = writer.constant(encode(type(value)))
             writer.require(f"type({name}) is {constant}", f"{meaning} is a {type(value).__name__}")
@@ -198,7 +200,7 @@ class GuardRecorder:
                 raise Unrecordable(f"{meaning} is also a part of the model")
             writer.require(f"{name} is {writer.place(other)}", f"{meaning} is {readable(other)}")
         else:
-            self._require_check(name, meaning, *_as_check(kind, value, options), value)
+            self._require_check(name, meaning, *_as_check(kind, value, options, self._gpu), value)
 
     def _require_check(self, name: str, meaning: str, check: str, payload: Any, value: Any) -> None:
         writer = self.writer
@@ -307,7 +309,9 @@ def _options(create: Any) -> dict[str, Any]:
     return dict(create.keywords) if isinstance(create, functools.partial) else {}
 
 
-def _as_check(kind: str, value: Any, options: Mapping[str, Any]) -> tuple[str, Any]:
+def _as_check(
+    kind: str, value: Any, options: Mapping[str, Any], gpu: int | None
+) -> tuple[str, Any]:
     """Return a guard as a check (kind, payload)."""
     if kind in _VALUE_GUARDS:
         return "value", encode(value)
@@ -315,7 +319,7 @@ def _as_check(kind: str, value: Any, options: Mapping[str, Any]) -> tuple[str, A
         case "TYPE_MATCH" | "DICT_VERSION":
             return "type", f"{type(value).__module__}:{type(value).__qualname__}"
         case "TENSOR_MATCH":
-            return "tensor", contract.tensor_spec(value)
+            return "tensor", contract.tensor_spec(value, gpu)
         case "SEQUENCE_LENGTH":
             return "len", len(value)
         case "DICT_KEYS_MATCH" | "MAPPING_KEYS_CHECK":

@@ -59,8 +59,8 @@ def render_argument(
     if kind in (torch.dtype, torch.layout, torch.memory_format):
         return str(value)
     if kind is torch.device:
-        index = "" if value.index is None else f", {value.index}"
-        return f"torch.device({value.type!r}{index})"
+        # Without its number: the current one, which is the model's wherever its code runs.
+        return f"torch.device({value.type!r})"
     if constant is not None:
         return constant(value)
     raise TypeError(f"a value of type {kind.__module__}.{kind.__qualname__} has no literal")

@@ -163,7 +163,7 @@ class _Writer:
             raise CannotWrite(f"{target}: {error}") from error
 
     def _render(self, value: Any) -> str:
-        return render_argument(_without_index(value), self._name)
+        return render_argument(value, self._name)
 
     def _name(self, node: torch.fx.Node) -> str:
         name = self._names.get(node)
@@ -303,14 +303,3 @@ def _python_of(expression: Any, symbols: Mapping[str, str]) -> str:
         left, right = (_python_of(operand, symbols) for operand in expression.args)
         return f"({left} {'//' if kind in ('FloorDiv', 'CleanDiv') else '%'} {right})"
     raise CannotWrite(f"the size {expression}")
-
-
-def _without_index(value: Any) -> Any:
-    """A device without its index, also inside tuples, lists and dicts."""
-    if isinstance(value, torch.device):
-        return torch.device(value.type)
-    if type(value) in (tuple, list):
-        return type(value)(_without_index(item) for item in value)
-    if type(value) is dict:
-        return {key: _without_index(item) for key, item in value.items()}
-    return value

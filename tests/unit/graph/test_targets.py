@@ -86,7 +86,7 @@ def test_resolving_imports_nothing_heavy() -> None:
         "it's",
         torch.float32,
         torch.device("cpu"),
-        torch.device("cuda", 1),
+        torch.device("cuda"),
         torch.strided,
         torch.channels_last,
         slice(None, 3, None),
