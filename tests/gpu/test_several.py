@@ -100,23 +100,29 @@ def test_what_one_gpu_compiled_is_warm_on_another(cache: Path) -> None:
     second = served(1, cache)
     check(second, 1)
     assert precast.status(second)["is_warm"]
-    assert compilers(second) == compilers(first) == ["aot_inductor"]
+    assert compilers(second) == compilers(first)
+    assert set(compilers(second)) == {"aot_inductor"}
     assert torch.cuda.current_device() == 0
     check(first, 0)
 
 
 def test_a_fresh_process_is_warm_on_the_other_gpu(cache: Path) -> None:
-    check(served(0, cache), 0)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_several as t, torch, precast\n"
-        "torch.cuda.set_device(1)\n"
-        "model = t.served(1, sys.argv[2]); t.check(model, 1)\n"
-        "assert precast.status(model)['is_warm'], precast.status(model)\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
+        "number = int(sys.argv[3]); torch.cuda.set_device(number)\n"
+        "model = t.served(number, sys.argv[2]); t.check(model, number)\n"
+        "print(precast.status(model)['is_warm'], 'torch._dynamo' in sys.modules)\n"
     )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def run(number: int) -> str:
+        where = [str(Path(__file__).parent), str(cache), str(number)]
+        command = [sys.executable, "-c", program, *where]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split("\n")[-2]
+
+    assert run(0) == "False True"
+    assert run(1) == "True False"
 
 
 def test_a_model_that_moves_is_followed(cache: Path) -> None:
