@@ -244,6 +244,15 @@ class Assemblies:
                 other for other in self._dispatcher.loaded if other is not loaded
             )
 
+    def _remove_key(self, key: str) -> None:
+        """Let what is stored under a key serve no more, on any GPU."""
+        with self.lock:
+            self._dispatcher.loaded = tuple(
+                other
+                for other in self._dispatcher.loaded
+                if other.key != key  # type: ignore[attr-defined]
+            )
+
     def remove_all(self) -> None:
         """Let none serve any more."""
         self._dispatcher.loaded = ()
@@ -259,14 +268,14 @@ class Assemblies:
         with self.lock:
             if loaded not in self.loaded:
                 return
-            self.remove(loaded)
+            self._remove_key(loaded.key)
             self._on_wrong()
         self._session.storage.discard(loaded.key)
         self._note(reason)
 
     def _throw_away(self, loaded: LoadedAssembly) -> None:
         """Use a stored assembly no more, in no process."""
-        self.remove(loaded)  # From the next call on: another assembly or a new capture.
+        self._remove_key(loaded.key)  # From the next call on: another assembly or a new capture.
         self._session.storage.discard(loaded.key)
         self._note(
             Reason(

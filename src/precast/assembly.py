@@ -336,6 +336,7 @@ def open_check(
         "GPU": gpu,
         "TENSORS": frozenset((torch.Tensor, torch.nn.Parameter)),
         "are_apart": are_apart,
+        "current_gpu": torch.cuda.current_device,
         "encode": encode,
         "math": math,
     }

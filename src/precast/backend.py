@@ -7,7 +7,6 @@ only the pieces come from the cache.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,6 @@ def blueprint_of(
     from precast.stitch import SerializableFunction
 
     assert capture.contract is not None
-    gpu = capture.gpu
     num_nodes = len(capture.graph_module.graph.nodes)
     drawing = draw(
         capture.graph_module,
@@ -74,17 +72,15 @@ def blueprint_of(
     capture.contract.code.extend(native_digests(drawing.execution.targets))
     position = {name: i for i, name in enumerate([*capture.weights, *drawing.packs])}
     used = [symbol for symbols in drawing.symbols for symbol in symbols.values()]
-    check = capture.open_check(sorted(drawing.mutated), used)
-    contract, entry = capture.contract.to_json(), capture.entry.to_json()
     return Blueprint(
-        check=check,
-        contract=contract,
-        entry=entry,
+        check=capture.open_check(sorted(drawing.mutated), used),
+        contract=capture.contract.to_json(),
+        entry=capture.entry.to_json(),
         example=example,
         execution=SerializableFunction(drawing.execution).to_json(),
-        gpu=gpu,
+        gpu=capture.gpu,
         groups=[[position[name] for name in group] for group in drawing.groups],
-        is_for_any_gpu=gpu is not None and not _names_a_gpu(check["constants"], contract, entry),
+        is_for_any_gpu=capture.is_for_any_gpu,
         mutates=bool(drawing.mutated),
         names=drawing.names,
         num_guards=capture.num_guards,
@@ -98,11 +94,6 @@ def blueprint_of(
         symbols=drawing.symbols,
         texts=drawing.texts,
     )
-
-
-def _names_a_gpu(*parts: Any) -> bool:
-    """Whether what must hold for a call names a GPU: an attribute of the model does, say."""
-    return any('"cuda:' in json.dumps(part) for part in parts)
 
 
 def packing_rule(capture: Capture, function: Any, owner: Any, passes: ChosenPasses) -> MayPack:

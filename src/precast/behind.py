@@ -7,8 +7,6 @@ are then one call's wait, and with pauses between them a part of ten calls'.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import sys
 import threading
 import time
@@ -25,9 +23,13 @@ _own = threading.local()
 def work_behind() -> None:
     """Let the current thread give way from now on."""
     _own.is_behind = True
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
+    if sys.platform != "linux":
+        return
+    import ctypes  # Late: whoever only serves does not need it.
+    from contextlib import suppress
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
 
 
 def give_way() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from precast.assembly import Assembly
+from precast.compilers.chosen import FOR_FIRST_GPU
 from precast.graph.piece import Piece, SymbolRange
 from precast.piece_result import PieceResult
 from precast.runtime.slot import Slot, SlotTable
@@ -105,7 +106,7 @@ class Blueprint:
             entry=self.entry,
             example=self.example,
             execution=self.execution,
-            gpu="any" if self.is_for_any_gpu else self.gpu,
+            gpu="any" if self.is_for_any_gpu and not any(map(_names_gpu, results)) else self.gpu,
             groups=self.groups,
             mutates=self.mutates,
             packs=self.packs,
@@ -142,6 +143,17 @@ def slot_of(name: str, result: PieceResult) -> Slot:
         passes=result.passes,
         timing=result.timing,
     )
+
+
+def _names_gpu(result: PieceResult) -> bool:
+    """Whether a piece's code, or that of a part of it, is for the GPU that it was compiled for."""
+    records = [result.record]
+    while records:
+        record = records.pop() or {}
+        if record.get("compiler") == FOR_FIRST_GPU:
+            return True
+        records.extend(record.get("details", {}).get("records", ()))
+    return False
 
 
 def narrowed_ranges(

@@ -142,6 +142,7 @@ def _is_same(manifest: Mapping[str, Any], assembly: Assembly) -> bool:
     stored: Any = manifest.get("call_check")
     return (
         manifest.get("contract") == assembly.contract
+        and manifest.get("gpu") == assembly.gpu
         and manifest.get("packs") == assembly.packs
         and isinstance(stored, Mapping)
         and stored.get("source") == assembly.call_check["source"]

@@ -50,9 +50,10 @@ def open_for(
     """
     target = request.target
     key = target.assembly_key(request.signature)
-    loaded = target.assemblies.open(key, assembly, slots, request.function, gpu)
+    with no_collection():
+        loaded = target.assemblies.open(key, assembly, slots, request.function, gpu)
     give_way()
-    with request.ambient.around() as is_alike:
+    with request.ambient.around() as is_alike, no_collection():
         if is_alike:  # Else the next call binds it, in its own thread.
             target.assemblies.bind_new(loaded, request.function)
     return loaded
@@ -83,12 +84,12 @@ def complete(
 ) -> None:
     """Publish an assembly all of whose pieces have landed, unless it was thrown away."""
     target = request.target
+    give_way()
     if loaded not in target.assemblies.loaded:
         return
     loaded.assembly = assembly
     key = target.assembly_key(request.signature)
     target.assemblies.rename(loaded, key)
-    give_way()
     target.keep(loaded, key)
     give_way()
     seconds = time.perf_counter() - request.started

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from precast.behind import give_way
 from precast.cache.failures import FailureMemory
 from precast.cache.trust import is_unsigned
 from precast.compilers.chosen import ChosenCompilers
@@ -46,6 +47,11 @@ ResultT = TypeVar("ResultT")
 MadeT = TypeVar("MadeT")
 #: A piece that is too large is cut in two, and each part again, up to so many.
 MAX_PARTS = 8
+_ONLY_FIRST_GPU = Reason(
+    "compile-failed",
+    "code of this compiler runs on the first visible GPU only; on others the piece runs eager",
+    'Use compiler="auto", or let each process see one GPU (CUDA_VISIBLE_DEVICES)',
+)
 
 
 class _made_once(Generic[MadeT]):  # noqa: N801 - a decorator.
@@ -139,6 +145,7 @@ class CompilerManager:
 
         numbers = order or range(len(pieces))
         for i in numbers:
+            give_way()
             found = self._look_up(pieces[i], names[i])
             if found is not None:
                 take(i, found)
@@ -148,6 +155,7 @@ class CompilerManager:
 
             misses = [Miss(i, pieces[i], names[i], self.compilers) for i in missing]
             for miss in misses:
+                give_way()
                 miss.report(self._emit)
             self._answer_misses(
                 misses, lambda miss, result: take(miss.number, result), max_parts, may_wait
@@ -159,6 +167,10 @@ class CompilerManager:
             from precast.piece_result import eager_result
 
             return eager_result(piece, None)
+        if not self.compilers.names_here(piece):
+            from precast.piece_result import eager_result
+
+            return eager_result(piece, _ONLY_FIRST_GPU)
         return self.stored.find(piece, name)
 
     def _answer_misses(

@@ -39,6 +39,7 @@ from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
 from precast.runtime.gate import CallGate
 from precast.runtime.gpu import gpu_of, on_gpu
+from precast.tryout import run_once
 
 if TYPE_CHECKING:
     from precast.background.capture import Captured
@@ -66,7 +67,7 @@ class Request:
         self.signature = signature
         self.function = target.function
         self.gpu = gpu_of(target.owner, args, kwargs)
-        self.ambient = Ambient.now()
+        self.ambient = Ambient.now(is_on_gpu=self.gpu is not None)
         self.started = time.perf_counter()
         self.args, self.kwargs = hollow_call(args, kwargs)
         self.call: bytes | None = None
@@ -210,9 +211,7 @@ def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureCh
         captured = _capture(state, gate, request, child)
         state.doing = "compiling"
         with on_gpu(captured.blueprint.gpu):
-            with no_collection():
-                growth = _Growth(state, request, captured)
-            growth.run()
+            _Growth(state, request, captured).run()
     except CalledOffError:
         pass
     except Exception as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
@@ -311,22 +310,6 @@ def _capture_here(state: _State, gate: CallGate, request: Request, problem: str)
                 )
 
 
-def _pending(piece: Piece) -> PieceResult:
-    give_way()  # Text becomes a function: a millisecond or more each.
-    return pending_result(piece)
-
-
-def _wake_gpu() -> None:
-    """Let this thread do on a GPU what each does once: milliseconds, in parts."""
-    import torch
-
-    small = torch.zeros(8, 8).to("cuda")
-    give_way()
-    torch.cuda.current_blas_handle()
-    give_way()
-    torch.mm(small, small)
-
-
 class _Growth:
     """An assembly whose pieces land one by one.
 
@@ -338,8 +321,13 @@ class _Growth:
         self._state = state
         self._request = request
         self._blueprint: Blueprint = captured.blueprint
-        self._results = list(map(_pending, self._blueprint.pieces))
+        self._results = [self._pending(piece) for piece in self._blueprint.pieces]
         self._loaded: LoadedAssembly | None = None
+
+    def _pending(self, piece: Piece) -> PieceResult:
+        self._give_way()
+        with no_collection():
+            return pending_result(piece)
 
     def run(self) -> None:
         """Have all pieces compiled; install, swap and publish."""
@@ -361,13 +349,7 @@ class _Growth:
         handover.complete(request, self._loaded, blueprint.assembly(results), results)
 
     def _take(self, number: int, result: PieceResult) -> None:
-        if self._state.is_ended:
-            raise CalledOffError
-        give_way()
-        with no_collection():
-            self._swap_in(number, result)
-
-    def _swap_in(self, number: int, result: PieceResult) -> None:
+        self._give_way()
         before = self._results[number]
         self._results[number] = result
         if self._loaded is None:
@@ -375,29 +357,38 @@ class _Growth:
                 self._install()
             return
         self._try_out(self._loaded, [number])
-        assembly = self._blueprint.assembly(self._results)
-        if result.ranges and before.ranges != result.ranges:
-            # Calls inside go on with the slots that they have: the new code may not be for them.
-            successor = open_assembly(
-                assembly,
-                self._loaded.key,
-                self._slots(),
-                self._request.function,
-                self._loaded.gpu,
-            )
-            handover.replace(self._request, self._loaded, successor)
-            self._loaded = successor
-        else:
-            self._loaded.assembly = assembly
-            for index, (piece, name) in enumerate(self._blueprint.slots):
-                if piece == number:
-                    self._loaded.slots.swap(index, result.call, slot_of(name, result))
+        with no_collection():
+            assembly = self._blueprint.assembly(self._results)
+            if result.ranges and before.ranges != result.ranges:
+                # Calls inside go on with the slots that they have: the new code may not be for
+                # them.
+                successor = open_assembly(
+                    assembly,
+                    self._loaded.key,
+                    self._slots(),
+                    self._request.function,
+                    self._loaded.gpu,
+                )
+                handover.replace(self._request, self._loaded, successor)
+                self._loaded = successor
+            else:
+                self._loaded.assembly = assembly
+                for index, (piece, name) in enumerate(self._blueprint.slots):
+                    if piece == number:
+                        self._loaded.slots.swap(index, result.call, slot_of(name, result))
         self._tell([number])
+
+    def _give_way(self) -> None:
+        """Let calls get their turn, and stop here where nobody wants the result any more."""
+        give_way()
+        if self._state.is_ended:
+            raise CalledOffError
 
     def _install(self) -> None:
         request = self._request
-        assembly = self._blueprint.assembly(self._results)
-        give_way()
+        with no_collection():
+            assembly = self._blueprint.assembly(self._results)
+        self._give_way()
         self._loaded = handover.open_for(request, assembly, self._slots(), self._blueprint.gpu)
         everything = range(len(self._results))
         self._try_out(self._loaded, everything)
@@ -410,14 +401,8 @@ class _Growth:
     def _try_out(self, loaded: LoadedAssembly, numbers: Sequence[int]) -> None:
         """Run new code once, with the model's weights: what it loads late is then no call's wait.
 
-        A GPU's kernels are opened at their first run, and a library's pages read. While one is
-        opened no other starts, in any thread: at sizes as they are usual, matrix products and the
-        like are opened already, by eager calls.
+        A GPU's kernels are opened at their first run, and a library's pages read.
         """
-        import torch
-
-        from precast.graph.read import edge_sizes, zero_inputs
-
         if not isinstance(loaded.bound, Bound):
             return
         weights = loaded.bound.binding.weights
@@ -429,18 +414,11 @@ class _Growth:
             piece, result = self._blueprint.pieces[number], self._results[number]
             if result.compiler == "eager" or piece.mutated:
                 continue
-            if piece.device == "cuda":
-                _wake_gpu()
-                sizes = edge_sizes(piece, keep_alike=True)[0]
-            else:
-                sizes = min(edge_sizes(piece), key=lambda row: sum(row.values()))
+            self._give_way()
             first = len(piece.inputs) - len(group)
             known = {first + i: weights[position] for i, position in enumerate(group)}
-            with torch.no_grad(), contextlib.suppress(Exception):
-                give_way()
-                inputs = zero_inputs(piece, sizes, known)
-                give_way()
-                result.call(inputs)
+            with contextlib.suppress(Exception):  # A call will show what it is, if it is anything.
+                run_once(piece, result.call, known)
 
     def _tell(self, numbers: Sequence[int]) -> None:
         session = self._request.target.session

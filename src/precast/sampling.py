@@ -68,7 +68,8 @@ class Sampler:
             return self._entry(*args, **kwargs)
         inputs = _copied((args, kwargs))
         result = self._entry(*args, **kwargs)
-        self._hand_over((inputs, _copied(result), Ambient.now(), _marks(inputs, result)))
+        ambient = Ambient.now(is_on_gpu=torch.cuda.is_initialized())
+        self._hand_over((inputs, _copied(result), ambient, _marks(inputs, result)))
         return result
 
     def _hand_over(self, sample: Any) -> None:

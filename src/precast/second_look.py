@@ -71,7 +71,8 @@ class SecondLook:
             # In this thread, which serves nothing, but in no serving process.
             from precast.background.ambient import Ambient
 
-            return self._look(loaded, function, owner, *alike, Ambient.now()) is False
+            ambient = Ambient.now(is_on_gpu=loaded.gpu is not None)
+            return self._look(loaded, function, owner, *alike, ambient) is False
         from precast.background.capture import texts_of_call
 
         started = time.perf_counter()
@@ -98,7 +99,7 @@ class SecondLook:
     ) -> None:
         from precast.background.ambient import Ambient
 
-        ambient = Ambient.now()
+        ambient = Ambient.now(is_on_gpu=loaded.gpu is not None)
         called_off = threading.Event()
         self._call_off.append(called_off.set)
 

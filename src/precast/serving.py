@@ -30,7 +30,7 @@ from precast.events import (
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
 from precast.runtime.collector import no_collection
 from precast.runtime.dispatch import Dispatcher, needs_gradient
-from precast.runtime.gpu import gpu_of
+from precast.runtime.gpu import gpu_of, on_gpu
 from precast.session import Session
 from precast.why_eager import MOST_FAILED_CALLS, WhyEager
 
@@ -83,6 +83,7 @@ class CompiledModel:
         self._traced: Callable[..., Any] | None = None
         self._is_eager = session.config.compilation_level == "none"
         self._fingerprint: str | None = None
+        self._gpu: int | None = None  # That of the last call off the hot path.
         self._behind = self._make_behind() if behind is None else behind
         self._pending: set[str] = set()  # Signatures that are compiled behind.
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
@@ -218,6 +219,7 @@ class CompiledModel:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str
     ) -> LoadedAssembly | None:
         started = time.perf_counter()
+        self._gpu = gpu_of(self.owner, args, kwargs)
         config = self.session.config
         is_behind = config.mode == "progressive"
         # Looking it up takes longer than many a call: that is done behind as well, unless no
@@ -257,8 +259,7 @@ class CompiledModel:
     def _load(
         self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
     ) -> LoadedAssembly | None:
-        gpu = gpu_of(self.owner, args, kwargs)
-        return self.assemblies.load(key, self.function, args, kwargs, started, gpu)
+        return self.assemblies.load(key, self.function, args, kwargs, started, self._gpu)
 
     def _take_turn(
         self,
@@ -317,7 +318,8 @@ class CompiledModel:
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.function, self.owner)
         device = device_of(self.owner, signature)
-        return self.session.assembly_key(self._fingerprint, signature, device)
+        with on_gpu(self._gpu):  # It is of a kind.
+            return self.session.assembly_key(self._fingerprint, signature, device)
 
     def _run_eager_apart(self, *args: Any, **kwargs: Any) -> Any:
         if self._behind is None:

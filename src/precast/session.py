@@ -15,7 +15,7 @@ from precast.cache.trust import NO_KEYS, Trust, open_trust
 from precast.compilers.chosen import check_compiler, check_saveable
 from precast.config import CompilationConfig, read_config
 from precast.events import Event, Listeners
-from precast.graph.key import HashComputer, explain_misses, toolchain_parts
+from precast.graph.key import HashComputer, explain_misses, hasher_of, toolchain_parts
 from precast.manager import CompilerManager
 from precast.monitoring.log import LogListener
 from precast.monitoring.recorder import Recorder
@@ -81,7 +81,7 @@ class Session:
         is_alone = config.mode != "progressive" and config.verify != "sample"
         self.passes = NO_PASSES if is_eager else choose(config.passes, may_pack=is_alone)
         self.reopen()
-        self._hashers: dict[str, HashComputer] = {}
+        self._hashers: dict[Any, HashComputer] = {}
         self._key_parts: dict[str, dict[str, Any]] = {}
 
     def reopen(self) -> None:
@@ -125,10 +125,8 @@ class Session:
 
     def assembly_key(self, fingerprint: str, signature: str, device: str) -> str:
         """Return the key of what serves calls of a signature on a device type."""
-        if device not in self._hashers:
-            self._hashers[device] = HashComputer(device)
         settings = _plain_settings(self.config.key_settings())
-        computer, passes = self._hashers[device], self.passes.identities
+        computer, passes = hasher_of(device, self._hashers), self.passes.identities
         key = computer.assembly_key(fingerprint, signature, settings, passes)
         self._key_parts[key.digest] = key.parts
         return key.digest

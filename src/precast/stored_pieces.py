@@ -62,7 +62,7 @@ class StoredPieces:
         """Return a piece from the cache, by the first compiler that has it."""
         from precast.piece_result import PieceResult, unless_slower
 
-        for compiler_name in self._compilers.names:
+        for compiler_name in self._compilers.names_here(piece):
             compiler = self._compilers.make(compiler_name)
             if not compiler.is_saveable or compiler_name == "eager":
                 continue

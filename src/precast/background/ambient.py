@@ -24,15 +24,15 @@ class Ambient(Value, kw_only=True):
     gpu: int | None  # The current one: `device="cuda"` in a model's code is there.
 
     @staticmethod
-    def now() -> Ambient:
-        """Return what is set here."""
+    def now(*, is_on_gpu: bool) -> Ambient:
+        """Return what is set here; which GPU is the current one only for what is on one."""
         import torch
 
         return Ambient(
             state=ambient_state(),
             is_inference=torch.is_inference_mode_enabled(),
             is_grad_enabled=torch.is_grad_enabled(),
-            gpu=torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+            gpu=torch.cuda.current_device() if is_on_gpu else None,
         )
 
     @contextmanager

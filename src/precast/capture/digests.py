@@ -23,13 +23,7 @@ def code_digests(
     A function that no path leads to (made in another function's body, say) counts through
     the code that contains it, else through its module's source file.
     """
-    modules = _modules_by_file()
-    wanted: dict[types.CodeType, str | None] = {}
-    for code in (function.__code__, *traced):
-        module = modules.get(code.co_filename)
-        is_library = module is not None and has_fixed_code(module)
-        if not is_library and not code.co_filename.startswith("<frozen "):
-            wanted[code] = module
+    wanted = own_code(traced, function)
     paths = _paths(function, owner, {module for module in wanted.values() if module})
     found: dict[str, str] = {}
     files: dict[str, str] = {}
@@ -49,6 +43,20 @@ def code_digests(
     return sorted([path, digest] for path, digest in found.items()), sorted(
         [module, digest] for module, digest in files.items()
     )
+
+
+def own_code(
+    traced: Sequence[types.CodeType], function: types.FunctionType
+) -> dict[types.CodeType, str | None]:
+    """Return what was traced and no build settles, with the modules that it is in."""
+    modules = _modules_by_file()
+    wanted: dict[types.CodeType, str | None] = {}
+    for code in (function.__code__, *traced):
+        module = modules.get(code.co_filename)
+        is_library = module is not None and has_fixed_code(module)
+        if not is_library and not code.co_filename.startswith("<frozen "):
+            wanted[code] = module
+    return wanted
 
 
 def native_digests(targets: Iterable[str]) -> list[list[str]]:

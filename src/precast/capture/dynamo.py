@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precast.capture.call_check import require_tensor, signature_of
-from precast.capture.digests import code_digests
+from precast.capture.digests import code_digests, own_code
 from precast.capture.dynamic_shapes import mark_dynamic, unmark_dynamic
 from precast.capture.entry_code import EntryCode
+from precast.capture.gpus import names_a_gpu, uses_the_current_gpu
 from precast.capture.guards import GuardRecorder, symbol_ranges
 from precast.capture.places import Path, Scope, parse_place, readable, root_of, size_of
 from precast.contract import (
@@ -46,6 +47,7 @@ class Capture:
         "function",
         "gpu",
         "graph_module",
+        "is_for_any_gpu",
         "live_globals",
         "num_guards",
         "ranges",
@@ -69,6 +71,7 @@ class Capture:
         recorder: GuardRecorder,
         function: types.FunctionType,
         gpu: int | None,
+        is_for_any_gpu: bool,
         unrecordable: str | None,
         num_guards: int,
         sources: dict[str, str],
@@ -86,6 +89,7 @@ class Capture:
         self.recorder = recorder
         self.function = function
         self.gpu = gpu
+        self.is_for_any_gpu = is_for_any_gpu
         self.unrecordable = unrecordable
         self.num_guards = num_guards
 
@@ -210,6 +214,7 @@ def capture_call(
     recorder.record_all(raw.guards, raw.sizes_strides)
     unrecordable: str | None = None
     contract: Contract | None = None
+    is_for_any_gpu = False
     entry = EntryCode(
         marshalled="",
         backend_name=raw.backend_id,
@@ -235,8 +240,14 @@ def capture_call(
             state=ambient_state(),
             hooks=_hooked(owner),
         )
+        if gpu is not None:
+            codes = [*own_code(raw.traced_code, function), raw.bytecode]
+            check = (recorder.writer.lines, recorder.writer.constants)
+            is_for_any_gpu = not names_a_gpu(codes, raw.graph_module, contract, entry, check)
     except Unrecordable as error:
         unrecordable = str(error)
+    if gpu is not None and uses_the_current_gpu(raw.graph_module):
+        recorder.writer.require("current_gpu() == GPU", "the current GPU is the model's")
     return Capture(
         graph_module=raw.graph_module,
         ranges=symbol_ranges(raw.shape_env),
@@ -248,6 +259,7 @@ def capture_call(
         recorder=recorder,
         function=function,
         gpu=gpu,
+        is_for_any_gpu=is_for_any_gpu,
         unrecordable=unrecordable,
         num_guards=len(raw.guards),
         sources={node.name: placeholder_source(node) for node, _ in _placeholders(raw)},

@@ -6,10 +6,10 @@ A name is imported when its compiler is first used: a warm start needs one, and 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from precast.errors import ConfigError
-from precast.graph.key import HashComputer, Key
+from precast.graph.key import HashComputer, Key, hasher_of
 from precast.plugins import load_plugin
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from precast.passes.chosen import ChosenPasses
 
 _AUTO_ORDER = ("aot_inductor", "inductor_standalone")
+#: Inductor's Python code names its device, and the one GPU that a worker sees is its first.
+FOR_FIRST_GPU = "inductor_standalone"
 
 
 class ChosenCompilers:
@@ -39,7 +41,7 @@ class ChosenCompilers:
         self._setting = config.compiler
         self._passes = passes
         self._made: dict[str, CompilerInterface] = {}
-        self._hashers: dict[str, HashComputer] = {}
+        self._hashers: dict[Any, HashComputer] = {}
         self.names: tuple[str, ...]
         if not config.use_inductor:
             self.names = ("eager",)
@@ -70,10 +72,20 @@ class ChosenCompilers:
             self._made[name] = setting if is_object else load_plugin("compilers", name)()  # type: ignore[assignment]
         return self._made[name]
 
-    def names_for_worker(self) -> tuple[str, ...]:
-        """Return the compilers as a worker is told of them: an object by its class."""
-        if isinstance(self._setting, str):
+    def names_here(self, piece: Piece) -> tuple[str, ...]:
+        """Return the compilers whose code can run a piece on the current device."""
+        if piece.device != "cuda" or FOR_FIRST_GPU not in self.names:
             return self.names
+        import torch
+
+        if torch.cuda.current_device() == 0:
+            return self.names
+        return tuple(name for name in self.names if name != FOR_FIRST_GPU)
+
+    def names_for_worker(self, piece: Piece) -> tuple[str, ...]:
+        """Return those compilers as a worker is told of them: an object by its class."""
+        if isinstance(self._setting, str):
+            return self.names_here(piece)
         kind = type(self._setting)
         return (f"{kind.__module__}:{kind.__qualname__}",)
 
@@ -83,9 +95,7 @@ class ChosenCompilers:
 
     def compute_hash_keys(self, piece: Piece, compiler: CompilerInterface) -> Key:
         """Return the key of a piece compiled by a compiler on this machine."""
-        if piece.device not in self._hashers:
-            self._hashers[piece.device] = HashComputer(piece.device)
-        computer, passes = self._hashers[piece.device], self._passes.piece_identities
+        computer, passes = hasher_of(piece.device, self._hashers), self._passes.piece_identities
         return computer.piece_key(piece.text, compiler.identity(), passes)
 
     def digests(self, piece: Piece) -> Iterator[str]:

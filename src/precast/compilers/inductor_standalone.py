@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precast.compilers.interface import CompiledCallable, CompiledPiece
-from precast.errors import CompileError
 
 if TYPE_CHECKING:
     from precast.graph.piece import Piece
@@ -27,9 +26,7 @@ class InductorStandaloneAdaptor:
 
     def identity(self) -> Mapping[str, str]:
         """Return the adaptor's version, to be raised with every change of options or format."""
-        plain = {"compiler": "inductor_standalone", "adaptor": "1"}
-        number = _current_gpu()
-        return {**plain, "gpu": str(number)} if number else plain
+        return {"compiler": "inductor_standalone", "adaptor": "1"}
 
     def compile(self, piece: Piece, directory: str) -> CompiledPiece:
         """Compile into one file of bytes."""
@@ -51,21 +48,7 @@ class InductorStandaloneAdaptor:
         files: Mapping[str, str],
         piece: Piece | None,
     ) -> CompiledCallable:
-        """Unpickle the artifact: the bytes must have been checked before.
-
-        Raises:
-            CompileError: The model is on another GPU than the first: Inductor's code names its
-                device, and a worker's only one is its first.
-        """
+        """Unpickle the artifact: the bytes must have been checked before."""
         from precast.torch_private import load_standalone
 
-        number = _current_gpu()
-        if details["device"] == "cuda" and number:
-            raise CompileError("a piece", self.name, f"its code is for cuda:0, not cuda:{number}")
         return load_standalone(files[details["entry"]])
-
-
-def _current_gpu() -> int:
-    import torch
-
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0

@@ -109,6 +109,15 @@ std::mutex precast_guard; // Held for a look at the set only.
 std::set<void*> precast_has_run;
 std::atomic<void*> precast_ran_last{nullptr};
 
+bool precast_did_run(void* container) {
+  const std::lock_guard<std::mutex> look(precast_guard);
+  if (!precast_has_run.count(container)) {
+    return false;
+  }
+  precast_ran_last = container;
+  return true;
+}
+
 } // namespace
 
 extern "C" {
@@ -132,11 +141,9 @@ AOTIRuntimeError AOTInductorModelContainerRunSingleThreaded(
       PyGILState_Check && PyEval_SaveThread && PyEval_RestoreThread && PyGILState_Check();
   void* const thread = is_locked ? PyEval_SaveThread() : nullptr;
   std::unique_lock<std::recursive_mutex> alone(precast_first_runs, std::defer_lock);
-  if (!has_run) {
+  if (!has_run && !precast_did_run(container)) {
     alone.lock();
-    const std::lock_guard<std::mutex> look(precast_guard);
-    if (precast_has_run.count(container)) {
-      precast_ran_last = container;
+    if (precast_did_run(container)) { // In another thread, meanwhile.
       alone.unlock();
     }
   }

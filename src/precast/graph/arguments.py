@@ -59,8 +59,9 @@ def render_argument(
     if kind in (torch.dtype, torch.layout, torch.memory_format):
         return str(value)
     if kind is torch.device:
-        # Without its number: the current one, which is the model's wherever its code runs.
-        return f"torch.device({value.type!r})"
+        # A GPU without its number: the current one, which is the model's wherever its code runs.
+        has_number = value.index is not None and value.type != "cuda"
+        return f"torch.device({value.type!r}{f', {value.index}' if has_number else ''})"
     if constant is not None:
         return constant(value)
     raise TypeError(f"a value of type {kind.__module__}.{kind.__qualname__} has no literal")

@@ -31,8 +31,8 @@ def single_gpu(graph_module: torch.fx.GraphModule, name: str) -> int | None:
         names = ", ".join(f"cuda:{number}" for number in sorted(found))
         raise CaptureError(
             name,
-            f"it works on several GPUs ({names}), and compiled code on one; sub-modules that are "
-            "on one are compiled alone",
+            f"it works on several GPUs ({names}), and compiled code on one: compile those parts of "
+            "it that are on one",
         )
     return next(iter(found), None)
 

@@ -159,6 +159,21 @@ def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def hasher_of(device: str, known: dict[Any, HashComputer]) -> HashComputer:
+    """Return what computes keys for a device type, on the current GPU where that is its type.
+
+    Args:
+        device: The type.
+        known: Those made so far, and the new one: GPUs of one machine may be of several kinds.
+    """
+    import torch
+
+    kind = (device, torch.cuda.get_device_capability() if device == "cuda" else None)
+    if kind not in known:
+        known[kind] = HashComputer(device)
+    return known[kind]
+
+
 def toolchain_parts(device: str) -> dict[str, Any]:
     """Return what the compiled code depends on besides its text."""
     import torch

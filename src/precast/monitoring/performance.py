@@ -372,7 +372,8 @@ def _device_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     for value in (weight, *args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_cuda:
             # A stream that is being captured must not be asked for the time.
-            is_captured = torch.cuda.is_current_stream_capturing()
+            with torch.cuda.device(value.device):
+                is_captured = torch.cuda.is_current_stream_capturing()
             return (None, None) if is_captured else (torch, value.device)
     return None, None
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from precast.behind import give_way
 from precast.events import Emit, LeaseAwaited
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class Turns:
                     if is_found:
                         leases.release(miss.work)
                     else:
+                        give_way()
                         running[task.start(miss)] = miss
                 pause = waiting.next_pause()
                 if running:

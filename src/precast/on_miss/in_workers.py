@@ -88,7 +88,7 @@ class InWorkers:
                 piece=miss.piece.to_json(),
                 name=miss.name,
                 directory=str(directory),
-                compilers=self._compilers.names_for_worker(),
+                compilers=self._compilers.names_for_worker(miss.piece),
                 verify=bool(self._config.verify),
                 passes=self._passes.messages(),
                 dump_passes=self._config.dump_path(),

@@ -47,7 +47,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         parts = (part for table in tables for part in table.values())
     elif isinstance(value, tuple | list):
         parts = value
-    elif type(value) is dict:
+    elif isinstance(value, Mapping):
         parts = value.values()
     for part in parts:
         yield from _tensors(part, seen)

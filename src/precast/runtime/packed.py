@@ -34,8 +34,10 @@ def pack(parameters: Sequence[Any]) -> Any:
     adjacent = _adjacent(parameters)
     if adjacent is not None:
         return adjacent
-    if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise CannotPack("a CUDA graph is being captured")
+    if parameters[0].is_cuda:
+        with torch.cuda.device(parameters[0].device):
+            if torch.cuda.is_current_stream_capturing():
+                raise CannotPack("a CUDA graph is being captured")
     for parameter in parameters:
         problem = why_not(parameter)
         if problem is not None:

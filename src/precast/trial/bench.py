@@ -157,7 +157,8 @@ def _device(loaded: LoadedModel) -> torch.device:
 
 
 def _synchronizer(loaded: LoadedModel) -> Callable[[], None]:
-    return torch.cuda.synchronize if _device(loaded).type == "cuda" else lambda: None
+    device = _device(loaded)
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
 
 
 def _wake(loaded: LoadedModel) -> None:

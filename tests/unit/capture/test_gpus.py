@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from precast.background.capture import draw_call
 from precast.binding import Binding, bind
+from precast.capture import gpus
 from precast.capture.dynamo import capture_call
 from precast.config import CompilationConfig
 from precast.errors import CaptureError, Reason
@@ -41,7 +42,7 @@ class Spread(Net):
         return torch.nn.functional.linear(x, self.weight).to(self.shift.device) + self.shift
 
 
-class Named(Net):
+class Attribute(Net):
     """Its code names the device that it was made on."""
 
     def __init__(self) -> None:
@@ -50,6 +51,59 @@ class Named(Net):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + torch.arange(4, device=self.device)
+
+
+class Text(Net):
+    """As who gathers outputs on the first GPU writes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to("cuda:0")
+
+
+class Device(Net):
+    """The same with a device."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(torch.device("cuda", 0))
+
+
+class Built(Net):
+    """A name that is built of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(f"cuda:{self.number}")
+
+
+class Made(Net):
+    """A tensor that is made on a GPU of its own choice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.arange(4, device="cuda:0")
+
+
+class Current(Net):
+    """It names no GPU, and means the current one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.arange(4, device="cuda")
+
+
+class Told(Net):
+    """The call says where to."""
+
+    def forward(self, x: torch.Tensor, where: str = "cuda:0") -> torch.Tensor:
+        return super().forward(x).to(where)
+
+
+class Answered(Net):
+    """A device is a part of its answer."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x.device
 
 
 def make(kind: Any, number: int) -> tuple[Any, Any]:
@@ -78,10 +132,42 @@ def test_a_capture_is_the_same_on_every_gpu() -> None:
     assert first == second
 
 
-def test_a_model_that_names_its_gpu_is_for_that_one() -> None:
-    found = blueprint(Named, 1)
-    assert found["gpu"] == 1
+@pytest.mark.parametrize(
+    "kind",
+    [Attribute, Text, Device, Built, Made, Current, Told, Answered],
+    ids=lambda k: k.__name__,
+)
+def test_a_model_that_names_its_gpu_is_for_that_one(kind: Any) -> None:
+    found = blueprint(kind, 0)
+    assert found["gpu"] == 0
     assert not found["is_for_any_gpu"]
+    is_current = "current_gpu() == GPU" in "\n".join(found["check"]["lines"])
+    assert is_current == (kind is Current)
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "kwargs", "is_name"),
+    [
+        ("to", (0,), {}, True),
+        ("to", ("cuda:0",), {}, True),
+        ("cuda", (1,), {}, True),
+        ("new_zeros", ((2, 3),), {"device": 1}, True),
+        (
+            "new_zeros",
+            ((2, 3),),
+            {"device": torch.device("cuda", 1)},
+            False,
+        ),  # An input's, perhaps.
+        ("view", (2, 3), {}, False),
+        ("to", (torch.float16,), {}, False),
+    ],
+)
+def test_a_number_is_a_gpu_where_a_device_belongs(
+    method: str, args: Any, kwargs: Any, is_name: bool
+) -> None:
+    graph = torch.fx.Graph()
+    node = graph.call_method(method, (graph.placeholder("x"), *args), kwargs)
+    assert any(map(gpus._is_name, gpus._devices(node))) == is_name
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

@@ -181,9 +181,9 @@ def test_what_has_no_text_is_refused() -> None:
 
 
 def test_a_device_loses_its_index() -> None:
-    """An artifact serves every device of its kind."""
+    """An artifact serves every GPU of its kind."""
     texts = set()
-    for device in ("meta:0", "meta:1"):
+    for device in ("cuda:0", "cuda:1"):
         graph = fx.Graph()
         x = graph.placeholder("x")
         x.meta["example_value"] = torch.empty(2)
