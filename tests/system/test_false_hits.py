@@ -121,7 +121,7 @@ def without_hooks(replaced: Replaced) -> None:
 def without_specs(replaced: Replaced) -> None:
     """All tensors are alike."""
     for module in (binding, contract, dynamo):
-        replaced.attribute(module, "tensor_spec", lambda _: [])
+        replaced.attribute(module, "tensor_spec", lambda *_: [])
 
 
 def without_fingerprint(replaced: Replaced) -> None:
