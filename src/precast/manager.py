@@ -163,14 +163,11 @@ class CompilerManager:
         return [results[i] for i in range(len(pieces))]
 
     def _look_up(self, piece: Piece, name: str) -> PieceResult | None:
-        if self.compilers.are_eager:
+        names = self.compilers.names_here(piece)
+        if self.compilers.are_eager or not names:
             from precast.piece_result import eager_result
 
-            return eager_result(piece, None)
-        if not self.compilers.names_here(piece):
-            from precast.piece_result import eager_result
-
-            return eager_result(piece, _ONLY_FIRST_GPU)
+            return eager_result(piece, None if names else _ONLY_FIRST_GPU)
         return self.stored.find(piece, name)
 
     def _answer_misses(

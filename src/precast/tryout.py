@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,13 +67,7 @@ def _num_elements(
 ) -> int:
     """Return how many elements inputs and outputs have, but for the weights."""
     specs = [spec for i, spec in enumerate(piece.inputs) if i not in weights] + [*piece.outputs]
-    total = 0
-    for spec in specs:
-        number = 1
-        for size in spec.shape:
-            number *= int(evaluate_size(size, sizes))
-        total += number
-    return total
+    return sum(prod(int(evaluate_size(size, sizes)) for size in spec.shape) for spec in specs)
 
 
 def _wake() -> None:

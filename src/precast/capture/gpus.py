@@ -36,7 +36,7 @@ def names_a_gpu(
         check: What must hold for a call, as lines and constants.
     """
     lines, constants = check
-    values = [check for check in contract.checks if check[1] != "tensor"]
+    values = [one for one in contract.checks if one[1] != "tensor"]
     written = json.dumps([values, contract.state, constants, entry.recipes, entry.objects])
     return (
         '"cuda' in written
