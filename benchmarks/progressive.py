@@ -10,19 +10,25 @@ Each part runs in a process of its own, with fresh caches. *First answer*: from 
 its output, in fresh processes in turns; `precast.compile`, where a server sets its model up, is
 shown apart.
 *While compiling*: calls one after the other in one thread, from the first call until the first
-piece lands, against the same loop before and after it (eager again), whose mean it is: a machine's
-speed drifts. On the CPU the calls leave one core free (`--threads`).
-*Around a swap*: the slowest call of those that met one, against the median of all eager ones.
+piece lands. All processes that compile are stopped every other half second (SIGSTOP): calls beside
+them are compared with calls in between, since a machine's speed drifts. On the CPU the calls leave
+one core free (`--threads`). *Beside another*: the same with an unrelated process, which parses
+Python: what the machine itself takes where its other core is busy.
+*Around a swap*: the slowest call of those that met one, against the median of the two seconds
+before it, whose slowest is shown too.
 *Steady*: two models with the same pieces, one compiled behind and one blocking, called in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import itertools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from startup import dtype_of, shape_of
+
+from precast.background.usage import processes_of
 
 PARTS = ("first", "serving", "hung", "killed")
 
@@ -71,6 +79,54 @@ def measure_first(options: argparse.Namespace) -> dict[str, Any]:
     return {"first_s": seconds, "set_up_s": started - set_up}
 
 
+class Turns:
+    """Stops and continues all processes that this one started, in turns. `look` between calls."""
+
+    def __init__(self) -> None:
+        self.turns: list[tuple[float, bool]] = []  # When each began, and whether they run in it.
+        self._looked = 0.0
+
+    def look(self) -> None:
+        """Change turns when it is time, and find the processes that were started meanwhile."""
+        now = time.perf_counter()
+        if not self.turns or now - self.turns[-1][0] >= 0.5:
+            self.turns.append((now, not self.turns or not self.turns[-1][1]))
+        elif now - self._looked < 0.05:
+            return
+        self._looked = now
+        self._signal(signal.SIGCONT if self.turns[-1][1] else signal.SIGSTOP)
+
+    def end(self) -> None:
+        """Let them run."""
+        self._signal(signal.SIGCONT)
+
+    def ratio(self, calls: list[tuple[float, float]], until: float) -> float | None:
+        """Return calls a second beside the processes, times those with the processes stopped."""
+        seconds = {True: 0.0, False: 0.0}
+        counts = {True: 0, False: 0}
+        for (start, is_running), (end, _) in itertools.pairwise(self.turns):
+            if end <= until:
+                seconds[is_running] += end - start
+                counts[is_running] += sum(start <= begun < end for begun, _ in calls)
+        if not counts[True] or not counts[False]:
+            return None
+        return counts[True] / seconds[True] / (counts[False] / seconds[False])
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in processes_of(os.getpid()) - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+PARSING = """
+import ast, argparse, os
+os.nice(10)
+text = open(argparse.__file__).read()
+while True:
+    ast.parse(text)
+"""
+
+
 def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     """Call a model in a loop before, while and after it is compiled."""
     import precast
@@ -101,6 +157,20 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
             call()
         return rate(started, time.perf_counter())
 
+    def beside_another() -> float | None:
+        calls.clear()
+        turns = Turns()
+        other = subprocess.Popen([sys.executable, "-c", PARSING])
+        try:
+            ends = time.perf_counter() + options.seconds
+            while time.perf_counter() < ends:
+                turns.look()
+                call()
+        finally:
+            other.kill()
+            other.wait()
+        return turns.ratio(calls, ends)
+
     before = eager_rate()
     eager_s = [b - a for a, b in calls]
     events: list[tuple[float, Any]] = []
@@ -115,7 +185,16 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     )
     calls.clear()
     started = time.perf_counter()
-    while not calls or not precast.wait(model, 0):
+    turns = Turns()
+    try:
+        while not calls or not precast.wait(model, 0):
+            turns.look()
+            call()
+            if any(type(event) is SlotSwapped for _, event in events):
+                break
+    finally:
+        turns.end()
+    while not precast.wait(model, 0):
         call()
     ended = time.perf_counter()
     for _ in range(20):
@@ -124,7 +203,13 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
           (CaptureFinished, ModelReady, SlotSwapped)}  # fmt: skip
     swaps = at[SlotSwapped]
     first_swap = swaps[0] if swaps else ended
-    met = [b - a for a, b in calls if any(a - 2 * (b - a) <= t <= b + (b - a) for t in swaps)]
+    around, shortly_before = [0.0], [0.0]
+    for swap in swaps:
+        earlier = [b - a for a, b in calls if swap - 2.2 < a < swap - 0.2]
+        usual = statistics.median(earlier)
+        met = [b - a for a, b in calls if a - 2 * (b - a) <= swap <= b + (b - a)]
+        around.append(max(met) / usual)
+        shortly_before.append(max(earlier) / usual)
     median = statistics.median(eager_s)
     status = precast.status(model)
     pieces = [piece for assembly in status["assemblies"] for piece in assembly["pieces"]]
@@ -132,11 +217,12 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         "eager_ms": median * 1e3,
         "calls_per_s_before": before,
         # Until the first piece lands calls are eager: only those compare.
-        "calls_per_s_while": rate(started, first_swap),
+        "share": turns.ratio(calls, first_swap),
         "compile_s": ended - started,
         "capture_s": at[CaptureFinished][0] - started if at[CaptureFinished] else None,
         "first_swap_s": first_swap - started,
-        "slowest_around_swap": max(met, default=0.0) / median,
+        "slowest_around_swap": max(around),
+        "slowest_shortly_before": max(shortly_before),
         "slowest_while": max(b - a for a, b in calls) / median,
         "compilers": sorted({piece["compiler"] for piece in pieces}),
         # To see what disturbs: calls in each half second, what happened when, calls that were slow.
@@ -155,7 +241,7 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     }
     found |= measure_steady(model, options, inputs, synchronize)
     precast.release(model)
-    return found | {"calls_per_s_after": eager_rate()}
+    return found | {"calls_per_s_after": eager_rate(), "beside_another": beside_another()}
 
 
 def measure_steady(
@@ -313,10 +399,6 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
         judged.append({"target": target, "limit": limit, "value": value, "is_met": is_met})
 
     add("first answer, times eager's", "first", "ratio", 1.1)
-    serving = results.get("serving", {})
-    if "calls_per_s_while" in serving:
-        undisturbed = [serving["calls_per_s_before"], serving["calls_per_s_after"]]
-        serving["share"] = serving["calls_per_s_while"] / statistics.mean(undisturbed)
     add("eager throughput while compiling", "serving", "share", 0.9, least=True)
     add("slowest call around a swap, times the median", "serving", "slowest_around_swap", 3.0)
     add("steady after the swap, times blocking", "serving", "steady_ratio", 1.02)
@@ -333,6 +415,11 @@ def render(results: dict[str, Any]) -> str:
         verdict = {True: "met", False: "**MISSED**", None: ""}[j["is_met"]]
         lines.append(f"| {j['target']} | {j['limit']:g} | {value} | {verdict} |")
     lines += [f"\n{name}: {value['error']}" for name, value in results.items() if "error" in value]
+    beside = results.get("serving", {}).get("beside_another")
+    if beside is not None:
+        slowest = results["serving"]["slowest_shortly_before"]
+        lines.append(f"\nCalls beside an unrelated process: {beside:.3g} of those without.")
+        lines.append(f"Slowest call in the seconds before a swap: {slowest:.3g} times the median.")
     return "\n".join(lines)
 
 

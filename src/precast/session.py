@@ -146,8 +146,6 @@ class Session:
             # Pieces are compiled side by side; a pool of compile processes in each worker takes
             # longer to start than a piece's few kernels take.
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-        if self.config.mode == "progressive":
-            environment["PRECAST_WORKER_NICE"] = "10"  # Calls are served beside it.
         return environment
 
     def _make_service(self) -> CompileService:
@@ -161,6 +159,8 @@ class Session:
             clock=time.perf_counter,
             environment=self._worker_environment(),
             devices=_gpus(),
+            # More where calls are served beside them.
+            nice=10 if self.config.mode == "progressive" else 5,
         )
 
     def close(self) -> None:

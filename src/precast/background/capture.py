@@ -1,4 +1,4 @@
-"""Capturing a model in a child process: `python -m precast.background.capture`.
+"""Capturing a model in a child process, which `child.py` starts.
 
 The serving process sends the model's skeleton (`skeleton.py`) and a call of it; the child, of low
 priority, traces and cuts the model and answers plain data: the `Blueprint` of it, or for a second
@@ -19,10 +19,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from precast import errors
+from precast.background.child import start_child
 from precast.background.skeleton import CannotSendError, dump, load
 from precast.errors import CaptureError, CompileTimeoutError, PrecastError, Reason
 from precast.runtime.collector import no_collection
@@ -202,18 +202,9 @@ class CaptureChild:
 def _start(stderr: Any) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
-        # What this process can import, the child can.
-        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PRECAST_DISABLE": "1",  # Decorators in the user's modules: the child serves nothing.
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "precast.background.capture", str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env=environment,
-        start_new_session=True,
-    )
+    return start_child("precast.background.capture", 10, environment, stderr)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -354,15 +345,7 @@ def answer_request(data: bytes) -> dict[str, Any]:
 
 def main() -> None:
     """Read one request, answer it."""
-    from precast.background.limits import die_with_parent, lower_priority
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What the user's modules print is no answer.
-    lower_priority(10)  # Calls are served beside it.
-    die_with_parent(int(sys.argv[1]))
     with answers:
         answers.write(json.dumps(answer_request(sys.stdin.buffer.read())))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,19 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_GROUP_TRIES = 20
 # A signal that does nothing by default: a thread from before `die_with_parent`, of a BLAS say, may
 # be the one that takes it.
 _PARENT_IS_GONE = signal.SIGURG
 
 
-def lower_priority(nice: int = 5) -> None:
+def lower_priority(nice: int) -> None:
     """Give way to serving processes; g++ and other children inherit it.
 
-    Not lower: at 19 a worker starves on a machine that is busy with two cores.
+    Args:
+        nice: How much. At 19 a worker starves on a machine that is busy with two cores.
     """
-    os.nice(nice)
+    nice = os.nice(nice)
+    if sys.platform != "linux" or os.getsid(0) != os.getpid():
+        return
+    # Linux shares cores out among sessions ("autogroup", sched(7)), and `nice` counts within one
+    # only: in a session of our own we took as much of them as the server.
+    for _ in range(_GROUP_TRIES):
+        try:
+            Path("/proc/self/autogroup").write_text(str(nice))
+        except BlockingIOError:  # Ten a second on the whole machine, but for root.
+            time.sleep(0.1)
+        except OSError:
+            return  # A kernel without such groups.
+        else:
+            return
 
 
 def gpu_names(numbers: Sequence[int], visible: str | None) -> list[str]:

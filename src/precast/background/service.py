@@ -50,6 +50,7 @@ class CompileService:
         clock: Callable[[], float] = time.monotonic,
         environment: Mapping[str, str] | None = None,
         devices: Sequence[str] = (),
+        nice: int = 5,
     ) -> None:
         """Start nothing yet.
 
@@ -62,6 +63,7 @@ class CompileService:
             clock: Seconds that only go forward.
             environment: Added to the workers' environment.
             devices: GPUs as CUDA_VISIBLE_DEVICES names them; each worker sees one, in turn.
+            nice: How much lower than ours the workers' priority is.
         """
         self._num_workers = num_workers
         self._timeout_s = timeout_s
@@ -70,6 +72,7 @@ class CompileService:
         self._clock = clock
         self._environment = dict(environment or {})
         self._devices = tuple(devices)
+        self._nice = nice
         self._is_closed = threading.Event()
         self._begin()
 
@@ -208,7 +211,7 @@ class CompileService:
         with self._starting:
             if self._is_closed.is_set():
                 raise CompileError("?", "worker", "the compile service was closed")
-            worker = WorkerProcess(environment, self._memory_bytes)
+            worker = WorkerProcess(environment, self._memory_bytes, self._nice)
             self._workers.append(worker)
         return worker
 

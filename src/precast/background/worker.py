@@ -1,4 +1,4 @@
-"""The compile worker: `python -m precast.background.worker`. Reads jobs, answers results.
+"""The compile worker, a process that `child.py` starts. Reads jobs, answers results.
 
 One job a line on standard input, as JSON; answers are lines of JSON on the descriptor that was
 standard output when we started. What compilers print goes to standard error.
@@ -31,7 +31,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from precast.background.limits import die_with_parent, limit_memory, lower_priority
+from precast.background.limits import limit_memory
 from precast.compilers.interface import CompiledPiece
 from precast.errors import CompileError
 from precast.graph.piece import Piece, SymbolRange
@@ -47,10 +47,6 @@ def main() -> None:
     """Answer jobs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    lower_priority(int(os.environ.get("PRECAST_WORKER_NICE") or 5))
-    die_with_parent(
-        int(os.environ["PRECAST_WORKER_PARENT"]), os.environ.get("PRECAST_WORKER_FOLDER")
-    )
     if os.environ.get("PRECAST_WORKER_WARM", "1") == "1":
         from precast.torch_private import prepare_inductor, warm_inductor
 
@@ -272,7 +268,3 @@ def _failure(compiler: str, error: Exception) -> dict[str, Any]:
     if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
         code = "compile-memory"
     return {"compiler": compiler, "code": code, "message": message[-_LONGEST_MESSAGE:]}
-
-
-if __name__ == "__main__":
-    main()

@@ -12,13 +12,12 @@ import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import IO, Any
 
+from precast.background.child import start_child
 from precast.background.limits import end_process
 from precast.background.usage import processes_of
 from precast.cache.scratch import OwnFolder
@@ -33,7 +32,7 @@ _SAMPLE_S = 0.2
 class WorkerProcess:
     """One worker process and the pipes to it. Used by one thread."""
 
-    def __init__(self, environment: Mapping[str, str], memory_bytes: int | None) -> None:
+    def __init__(self, environment: Mapping[str, str], memory_bytes: int | None, nice: int) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`.
         # Should both be killed, the next collection of a cache removes it.
         self._own_folder = OwnFolder("worker")
@@ -44,10 +43,6 @@ class WorkerProcess:
             # asks TEMP before TMP, and what Inductor shares between processes lies there.
             "TMP": self._folder,
             "TEMP": tempfile.gettempdir(),
-            # What this process can import, a worker can: user's operators live in their packages.
-            "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-            "PRECAST_WORKER_PARENT": str(os.getpid()),
-            "PRECAST_WORKER_FOLDER": self._folder,
             # A second line behind the watch, for what grows faster than it looks. Twice as much:
             # it counts what a process has reserved, used or not.
             "PRECAST_WORKER_MEMORY": "" if memory_bytes is None else str(2 * memory_bytes),
@@ -55,13 +50,8 @@ class WorkerProcess:
             "TORCH_WARM_POOL": "0",  # Inductor's own pool of workers.
             **environment,
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "precast.background.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=env,
-            start_new_session=True,  # A group of its own, so that g++ can be ended with it.
+        self._process = start_child(
+            "precast.background.worker", nice, env, self._stderr, self._folder
         )
         self.pid = self._process.pid
         self._known: set[int] = set()

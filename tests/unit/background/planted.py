@@ -190,6 +190,13 @@ class DyingWhenTried(_Planted):
         return super().load(details, files, piece)
 
 
+def _nice_of_session() -> int | None:
+    try:
+        return int(Path("/proc/self/autogroup").read_text().split()[-1])
+    except (OSError, IndexError):  # A kernel without such groups.
+        return None
+
+
 class Reporting(_Planted):
     """Tells of the process that it runs in, once another of its kind runs beside it."""
 
@@ -209,10 +216,11 @@ class Reporting(_Planted):
         found = {
             "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "is_leader": os.getsid(0) == os.getpid(),
-            "command": Path("/proc/self/cmdline").read_bytes().decode().split("\0")[1:3],
+            "command": Path("/proc/self/cmdline").read_bytes().decode().split("\0")[1:4],
             "descriptors": [str(path.resolve()) for path in Path("/proc/self/fd").iterdir()],
             "nice": os.nice(0),
             "nice_of_child": int(nice_of_child),
+            "nice_of_session": _nice_of_session(),
         }
         return CompiledPiece({}, {**super().compile(piece, directory).details, "found": found})
 
