@@ -84,10 +84,10 @@ class CompiledModel:
         self._is_eager = session.config.compilation_level == "none"
         self._fingerprint: str | None = None
         self._gpu: int | None = None  # That of the last call off the hot path.
-        self._behind = self._make_behind() if behind is None else behind
         self._pending: set[str] = set()  # Signatures that are compiled behind.
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
         self._pid = os.getpid()
+        self._behind = self._make_behind() if behind is None else behind
         if session.recording is not None and not is_block:
             from precast.portrait import portrait_later
 
@@ -96,8 +96,11 @@ class CompiledModel:
     def _make_behind(self) -> BackgroundCompiler | None:
         if self.session.config.mode != "progressive":
             return None
-        from precast.progressive import BackgroundCompiler  # Not at the first call, which waits.
+        # Here, and not at the first call, which waits: imports, and what runs slowly once.
+        from precast.progressive import BackgroundCompiler, Request
 
+        some_call: dict[str, Any] = {"x": torch.empty(1)}
+        Request(self, call_signature(self.function, 0, (), some_call), (), some_call)
         return BackgroundCompiler()
 
     # -- calls that no loaded assembly serves -----------------------------------
