@@ -322,6 +322,7 @@ class _Growth:
         self._request = request
         self._blueprint: Blueprint = captured.blueprint
         self._results = [self._pending(piece) for piece in self._blueprint.pieces]
+        self._eager_calls = [result.call for result in self._results]
         self._loaded: LoadedAssembly | None = None
 
     def _pending(self, piece: Piece) -> PieceResult:
@@ -418,7 +419,7 @@ class _Growth:
             first = len(piece.inputs) - len(group)
             known = {first + i: weights[position] for i, position in enumerate(group)}
             with contextlib.suppress(Exception):  # A call will show what it is, if it is anything.
-                run_once(piece, result.call, known)
+                run_once(piece, result.call, self._eager_calls[number], known)
 
     def _tell(self, numbers: Sequence[int]) -> None:
         session = self._request.target.session

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from precast.behind import give_way
-from precast.graph.read import eager_function, edge_sizes, evaluate_size, random_inputs, zero_inputs
+from precast.graph.inputs import edge_sizes, evaluate_size, random_inputs, zero_inputs
 
 if TYPE_CHECKING:
     from precast.compilers.interface import CompiledCallable
@@ -22,12 +22,18 @@ _MOST_ELEMENTS = 1 << 24
 _own = threading.local()
 
 
-def run_once(piece: Piece, call: CompiledCallable, weights: Mapping[int, torch.Tensor]) -> None:
+def run_once(
+    piece: Piece,
+    call: CompiledCallable,
+    eager_call: CompiledCallable,
+    weights: Mapping[int, torch.Tensor],
+) -> None:
     """Run a piece's code once.
 
     Args:
         piece: Writes into none of its inputs.
         call: Its code.
+        eager_call: The same in eager.
         weights: The model's, by the position of the input.
 
     Raises:
@@ -41,7 +47,7 @@ def run_once(piece: Piece, call: CompiledCallable, weights: Mapping[int, torch.T
         inputs = random_inputs(piece, sizes, 0, dict(weights))
         # Where eager refuses these numbers, compiled code may end the process: torch 2.11 and 2.12
         # divide integers by zero.
-        eager_function(piece)(*inputs)
+        eager_call(inputs)
         call(inputs)
 
 

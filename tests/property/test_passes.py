@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from precast.graph.inputs import random_inputs
 from precast.graph.piece import Piece
-from precast.graph.read import eager_function, random_inputs
+from precast.graph.read import eager_function
 from precast.passes.builtin import VERSIONS
 from precast.passes.builtin.merge_linears import MergeLinears
 from precast.passes.chosen import load_pass

@@ -8,8 +8,8 @@ import pytest
 
 from precast.compilers.verify import verify_from_text
 from precast.errors import CompileError
+from precast.graph.inputs import edge_sizes, zero_sizes
 from precast.graph.piece import Piece
-from precast.graph.read import edge_sizes, zero_sizes
 from precast.parts import PieceCutter
 from unit.compilers.example_pieces import FOREIGN, GATED, MUTATING, ROWS, TINY, spec
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from precast import tryout
+from precast.compilers.eager import eager_call
 from precast.graph.piece import Piece
 from precast.graph.read import eager_function
 from precast.tryout import run_once
@@ -40,7 +41,7 @@ class Code:
 def test_it_runs_with_the_models_weights_at_a_small_size() -> None:
     code = Code(GATED)
     weight = torch.randn(256, 64)
-    run_once(GATED, code, {1: weight})
+    run_once(GATED, code, eager_call(GATED), {1: weight})
     assert code.inputs[0][1] is weight
     assert code.inputs[0][0].shape == (1, 64)
 
@@ -49,7 +50,7 @@ def test_numbers_that_eager_refuses_are_not_tried() -> None:
     """torch 2.11 and 2.12 end the process where their compiled code divides an integer by 0."""
     code = Code(DIVIDES)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        run_once(DIVIDES, code, {})
+        run_once(DIVIDES, code, eager_call(DIVIDES), {})
     assert not code.inputs
 
 

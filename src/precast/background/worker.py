@@ -209,7 +209,7 @@ def _verify(
 ) -> dict[str, Any]:
     """Compare with eager; what fails at sizes 0 or 1 only is left out of `details["ranges"]`."""
     from precast.compilers.verify import EagerRefusedError, verify_from_text
-    from precast.graph.read import edge_sizes, reads_indices, zero_sizes
+    from precast.graph.inputs import edge_sizes, reads_indices, zero_sizes
 
     ranges = details.setdefault("ranges", {})
 

@@ -59,7 +59,8 @@ def time_piece(
     """
     import torch
 
-    from precast.graph.read import eager_function, random_inputs
+    from precast.graph.inputs import random_inputs
+    from precast.graph.read import eager_function
 
     if not sizes:
         return []

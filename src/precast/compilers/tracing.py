@@ -14,7 +14,8 @@ class TracedPiece:
     """A piece ready for Inductor: `graph`, `mode` and `inputs`; afterwards, `sizes()`."""
 
     def __init__(self, piece: Piece, compiler: str) -> None:
-        from precast.graph.read import fake_inputs, read_piece
+        from precast.graph.inputs import fake_inputs
+        from precast.graph.read import read_piece
 
         self._piece = piece
         self._compiler = compiler

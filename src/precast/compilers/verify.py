@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from precast.compilers.tracing import piece_name
 from precast.errors import CompileError
+from precast.graph.inputs import random_inputs
 from precast.graph.piece import Piece
-from precast.graph.read import eager_function, random_inputs
+from precast.graph.read import eager_function
 from precast.values import Value
 
 if TYPE_CHECKING:

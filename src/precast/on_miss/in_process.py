@@ -129,7 +129,7 @@ def _verify(piece: Piece, call: CompiledCallable, compiler: str) -> None:
     import torch
 
     from precast.compilers.verify import EagerRefusedError, verify_from_text
-    from precast.graph.read import edge_sizes
+    from precast.graph.inputs import edge_sizes
 
     rows = edge_sizes(piece, keep_alike=True)
     usual = [sizes for sizes in rows if all(size > 1 for size in sizes.values())] or rows

@@ -16,8 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from precast.graph.canonical import CannotWrite, write_piece
+from precast.graph.inputs import fake_inputs
 from precast.graph.piece import Piece, TensorSpec
-from precast.graph.read import as_captured, fake_inputs, read_piece
+from precast.graph.read import as_captured, read_piece
 from precast.passes.facts import is_removable, value_of
 
 

@@ -21,8 +21,9 @@ from precast.compilers.inductor import InductorAdaptor
 from precast.compilers.inductor_standalone import InductorStandaloneAdaptor
 from precast.compilers.job import CompileJob, JobResult
 from precast.compilers.verify import verify_from_text
+from precast.graph.inputs import edge_sizes, random_inputs, zero_sizes
 from precast.graph.piece import SymbolRange
-from precast.graph.read import eager_function, edge_sizes, random_inputs, zero_sizes
+from precast.graph.read import eager_function
 from precast.torch_private import swap_symbols
 from unit.compilers.example_pieces import FOREIGN, GATED, MUTATING, TINY, spec
 

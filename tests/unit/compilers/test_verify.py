@@ -7,8 +7,8 @@ import torch
 
 from precast.compilers.eager import EagerAdaptor
 from precast.compilers.verify import EagerRefusedError, VerifyMismatchError, verify_from_text
+from precast.graph.inputs import edge_sizes
 from precast.graph.piece import Piece
-from precast.graph.read import edge_sizes
 from unit.compilers.example_pieces import GATED, MUTATING, TINY, spec
 
 

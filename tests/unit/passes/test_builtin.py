@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from precast.graph.inputs import random_inputs
 from precast.graph.piece import Piece, TensorSpec
-from precast.graph.read import eager_function, random_inputs
+from precast.graph.read import eager_function
 from precast.passes.chosen import load_pass
 from precast.passes.pass_manager import PostGradPassManager
 from unit.compilers.example_pieces import ROWS, spec

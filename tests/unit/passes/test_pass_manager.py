@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from precast.graph.inputs import edge_sizes, random_inputs
 from precast.graph.piece import Piece
-from precast.graph.read import eager_function, edge_sizes, random_inputs
+from precast.graph.read import eager_function
 from precast.passes.interface import FunctionPass, InductorPass, as_pass
 from precast.passes.pass_manager import PostGradPassManager
 from unit.compilers.example_pieces import GATED, MUTATING, ROWS, TINY, spec
