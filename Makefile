@@ -1,9 +1,11 @@
 # `make demo` and `make test` need Python, a C++ compiler and a package index, and set up the rest.
 # Another interpreter: `make test PYTHON=python3.12`. One test: `make pytest ARGS="-k contract"`.
+# Tests run in two processes; a debugger wants `JOBS=0`.
 # The demo once more from nothing: `make demo ARGS=--fresh`.
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -45,7 +47,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pytest: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
