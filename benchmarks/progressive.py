@@ -11,8 +11,10 @@ its output, in fresh processes in turns; `precast.compile`, where a server sets 
 shown apart.
 *While compiling*: calls one after the other in one thread, from the first call until the first
 piece lands. All processes that compile are stopped every other half second (SIGSTOP): calls beside
-them are compared with calls in between, since a machine's speed drifts. On the CPU the calls leave
-one core free (`--threads`). *Beside another*: the same with an unrelated process, which parses
+them are compared with calls in between, since a machine's speed drifts. From that is taken what
+this process's own threads had of a core meanwhile, as if calls had stood still. All times until
+the first piece landed contain the stops (`stopped_s`). On the CPU the calls leave one core free
+(`--threads`). *Beside another*: the same with an unrelated process, which parses
 Python: what the machine itself takes where its other core is busy.
 *Around a swap*: the slowest call of those that met one, against the median of the two seconds
 before it, whose slowest is shown too.
@@ -33,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,7 @@ class Turns:
     def __init__(self) -> None:
         self.turns: list[tuple[float, bool]] = []  # When each began, and whether they run in it.
         self._looked = 0.0
+        self._num_signals = 0
 
     def look(self) -> None:
         """Change turns when it is time, and find the processes that were started meanwhile."""
@@ -98,31 +102,49 @@ class Turns:
 
     def end(self) -> None:
         """Let them run."""
+        self.turns.append((time.perf_counter(), True))
         self._signal(signal.SIGCONT)
 
-    def ratio(self, calls: list[tuple[float, float]], until: float) -> float | None:
+    def ratio(self, calls: list[tuple[float, float]]) -> float | None:
         """Return calls a second beside the processes, times those with the processes stopped."""
         seconds = {True: 0.0, False: 0.0}
         counts = {True: 0, False: 0}
         for (start, is_running), (end, _) in itertools.pairwise(self.turns):
-            if end <= until:
-                seconds[is_running] += end - start
-                counts[is_running] += sum(start <= begun < end for begun, _ in calls)
-        if not counts[True] or not counts[False]:
+            seconds[is_running] += end - start
+            counts[is_running] += sum(start <= begun < end for begun, _ in calls)
+        if not self._num_signals or not counts[True] or not counts[False]:
             return None
         return counts[True] / seconds[True] / (counts[False] / seconds[False])
+
+    def stopped_s(self) -> float:
+        """Return how long the processes were stopped."""
+        pairs = itertools.pairwise(self.turns)
+        return sum(end - start for (start, is_running), (end, _) in pairs if not is_running)
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in processes_of(os.getpid()) - {os.getpid()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+                self._num_signals += 1
+
+
+def cpu_of_other_threads() -> float:
+    """Return the CPU seconds of this process's Python threads, but for the one that calls."""
+    total_ns = 0
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            with contextlib.suppress(OSError):  # It has ended, or the kernel does not tell.
+                path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+                total_ns += int(path.read_text().split()[0])
+    return total_ns / 1e9
 
 
 PARSING = """
 import ast, argparse, os
 os.nice(10)
 text = open(argparse.__file__).read()
-while True:
+parent = os.getppid()
+while os.getppid() == parent:
     ast.parse(text)
 """
 
@@ -167,9 +189,10 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
                 turns.look()
                 call()
         finally:
+            turns.end()
             other.kill()
             other.wait()
-        return turns.ratio(calls, ends)
+        return turns.ratio(calls)
 
     before = eager_rate()
     eager_s = [b - a for a, b in calls]
@@ -184,8 +207,9 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         listeners=[lambda event: events.append((time.perf_counter(), event))],
     )
     calls.clear()
-    started = time.perf_counter()
     turns = Turns()
+    cpu_before = cpu_of_other_threads()
+    started = time.perf_counter()
     try:
         while not calls or not precast.wait(model, 0):
             turns.look()
@@ -194,6 +218,8 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
                 break
     finally:
         turns.end()
+    own_share = (cpu_of_other_threads() - cpu_before) / (time.perf_counter() - started)
+    besides = turns.ratio(calls)
     while not precast.wait(model, 0):
         call()
     ended = time.perf_counter()
@@ -206,9 +232,11 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     around, shortly_before = [0.0], [0.0]
     for swap in swaps:
         earlier = [b - a for a, b in calls if swap - 2.2 < a < swap - 0.2]
+        if not earlier:
+            continue  # Calls that take seconds.
         usual = statistics.median(earlier)
         met = [b - a for a, b in calls if a - 2 * (b - a) <= swap <= b + (b - a)]
-        around.append(max(met) / usual)
+        around.append(max(met, default=0.0) / usual)
         shortly_before.append(max(earlier) / usual)
     median = statistics.median(eager_s)
     status = precast.status(model)
@@ -217,7 +245,10 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         "eager_ms": median * 1e3,
         "calls_per_s_before": before,
         # Until the first piece lands calls are eager: only those compare.
-        "share": turns.ratio(calls, first_swap),
+        "share": None if besides is None else besides * (1 - own_share),
+        "share_beside_processes": besides,
+        "own_share": own_share,
+        "stopped_s": turns.stopped_s(),
         "compile_s": ended - started,
         "capture_s": at[CaptureFinished][0] - started if at[CaptureFinished] else None,
         "first_swap_s": first_swap - started,
@@ -327,12 +358,11 @@ def run_child(part: str, way: str, options: argparse.Namespace) -> dict[str, Any
     cache = ["--cache", str(Path(scratch, "cache"))]
     arguments = [a for a in sys.argv[1:] if a != "--quick"] + options.quick_arguments
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments, "--child", part, "--way", way, *cache],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=options.timeout,
-            check=False,
             env={
                 **os.environ,
                 "PYTHONPATH": path,
@@ -342,12 +372,18 @@ def run_child(part: str, way: str, options: argparse.Namespace) -> dict[str, Any
                 "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")),
             },
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            return {"error": f"exit code {done.returncode}: {done.stderr.strip()[-600:]}"}
+        try:
+            output, errors = process.communicate(timeout=options.timeout)
+        except subprocess.TimeoutExpired:
+            for pid in processes_of(process.pid):  # Those that are stopped would stay.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
+            return {"error": f"not done after {options.timeout:g} s"}
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if process.returncode or not lines:
+            return {"error": f"exit code {process.returncode}: {errors.strip()[-600:]}"}
         return dict(json.loads(lines[-1]))
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {options.timeout:g} s"}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

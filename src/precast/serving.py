@@ -8,6 +8,7 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import types
@@ -88,6 +89,8 @@ class CompiledModel:
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
         self._pid = os.getpid()
         self._behind = self._make_behind() if behind is None else behind
+        if behind is None and self._behind is not None:
+            self._rehearse()
         if session.recording is not None and not is_block:
             from precast.portrait import portrait_later
 
@@ -96,12 +99,19 @@ class CompiledModel:
     def _make_behind(self) -> BackgroundCompiler | None:
         if self.session.config.mode != "progressive":
             return None
-        # Here, and not at the first call, which waits: imports, and what runs slowly once.
-        from precast.progressive import BackgroundCompiler, Request
+        from precast.progressive import BackgroundCompiler  # Not at the first call, which waits.
 
-        some_call: dict[str, Any] = {"x": torch.empty(1)}
-        Request(self, call_signature(self.function, 0, (), some_call), (), some_call)
         return BackgroundCompiler()
+
+    def _rehearse(self) -> None:
+        """Make a request once, which is slow the first time, and not at the first call."""
+        from precast.progressive import Request
+
+        if torch._C._len_torch_dispatch_stack():
+            return  # Somebody traces: it would be in the graph.
+        with contextlib.suppress(Exception):  # A call says what is wrong, if anything is.
+            call = {"x": torch.empty(1, device="cpu")}
+            Request(self, call_signature(self.function, 0, (), call), (), call)
 
     # -- calls that no loaded assembly serves -----------------------------------
 

@@ -602,3 +602,40 @@ def test_a_model_that_is_gone_leaves_no_thread(tmp_path: Path) -> None:
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+class Cuda:
+    """A default device that this machine does not have, whatever it is."""
+
+    def __enter__(self) -> None:
+        torch.set_default_device("cuda:7")
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("surroundings", ["device", "vmap", "trace"])
+def test_setting_up_takes_nothing_from_its_surroundings(tmp_path: Path, surroundings: str) -> None:
+    """What is rehearsed in `precast.compile` neither fails there nor ends up in someone's trace."""
+    model = make_net()
+    made: list[Any] = []
+
+    def set_up(x: torch.Tensor) -> torch.Tensor:
+        made.append(precast.compile(model, mode="progressive", cache_dir=tmp_path, progress=False))
+        return x + 1
+
+    try:
+        if surroundings == "device":
+            with Cuda():
+                set_up(torch.ones(1, device="cpu"))
+        elif surroundings == "vmap":
+            torch.vmap(set_up)(torch.ones(2, 3))
+        else:
+            from torch.fx.experimental.proxy_tensor import make_fx
+
+            graph = make_fx(set_up)(torch.ones(1)).graph
+            called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+            assert called == ["aten.add.Tensor"]
+        assert len(made) == 1
+    finally:
+        precast.release(model)

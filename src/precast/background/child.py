@@ -50,8 +50,8 @@ def start_child(
 def main() -> None:
     """Do what the arguments say."""
     module, nice, parent, folder = sys.argv[1:]
+    die_with_parent(int(parent), folder or None)  # First: it is about threads that start later.
     lower_priority(int(nice))
-    die_with_parent(int(parent), folder or None)
     import_module(module).main()
 
 

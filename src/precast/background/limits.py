@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_GROUP_TRIES = 20
+_SESSION_TRIES = 100
 # A signal that does nothing by default: a thread from before `die_with_parent`, of a BLAS say, may
 # be the one that takes it.
 _PARENT_IS_GONE = signal.SIGURG
@@ -26,20 +26,44 @@ def lower_priority(nice: int) -> None:
     Args:
         nice: How much. At 19 a worker starves on a machine that is busy with two cores.
     """
-    nice = os.nice(nice)
+    os.nice(nice)
     if sys.platform != "linux" or os.getsid(0) != os.getpid():
         return
-    # Linux shares cores out among sessions ("autogroup", sched(7)), and `nice` counts within one
-    # only: in a session of our own we took as much of them as the server.
-    for _ in range(_GROUP_TRIES):
-        try:
-            Path("/proc/self/autogroup").write_text(str(nice))
-        except BlockingIOError:  # Ten a second on the whole machine, but for root.
+    # Added to the parent's own: 0 mostly, however low the parent's priority is.
+    nice = min(19, _nice_of_session(os.getppid()) + nice)
+    if _lower_session(nice):
+        return
+
+    def try_again() -> None:
+        for _ in range(_SESSION_TRIES):
             time.sleep(0.1)
-        except OSError:
-            return  # A kernel without such groups.
-        else:
-            return
+            if _lower_session(nice):
+                return
+
+    threading.Thread(target=try_again, name="precast-priority", daemon=True).start()
+
+
+def _nice_of_session(pid: int) -> int:
+    """Return what a process's session has given up of its share of the machine."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _lower_session(nice: int) -> bool:
+    """Lower the share of the session that we lead; False where it cannot be lowered just now.
+
+    Linux shares cores out among sessions ("autogroup", sched(7)), and `nice` counts within one
+    only: in a session of our own we took as much of them as the server.
+    """
+    try:
+        Path("/proc/self/autogroup").write_text(str(nice))
+    except BlockingIOError:  # Ten a second on the whole machine, but for administrators.
+        return False
+    except OSError:
+        pass  # A kernel without such groups.
+    return True
 
 
 def gpu_names(numbers: Sequence[int], visible: str | None) -> list[str]:

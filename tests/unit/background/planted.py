@@ -190,13 +190,6 @@ class DyingWhenTried(_Planted):
         return super().load(details, files, piece)
 
 
-def _nice_of_session() -> int | None:
-    try:
-        return int(Path("/proc/self/autogroup").read_text().split()[-1])
-    except (OSError, IndexError):  # A kernel without such groups.
-        return None
-
-
 class Reporting(_Planted):
     """Tells of the process that it runs in, once another of its kind runs beside it."""
 
@@ -220,7 +213,6 @@ class Reporting(_Planted):
             "descriptors": [str(path.resolve()) for path in Path("/proc/self/fd").iterdir()],
             "nice": os.nice(0),
             "nice_of_child": int(nice_of_child),
-            "nice_of_session": _nice_of_session(),
         }
         return CompiledPiece({}, {**super().compile(piece, directory).details, "found": found})
 
