@@ -149,53 +149,76 @@ while os.getppid() == parent:
 """
 
 
+class Caller:
+    """Calls a model and keeps when each call began and ended."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model, self._inputs, self._synchronize = make(options)
+        self._seconds = options.seconds
+        self.calls: list[tuple[float, float]] = []
+
+    def __call__(self) -> None:
+        begun = time.perf_counter()
+        self.model(*self._inputs)
+        self._synchronize()
+        self.calls.append((begun, time.perf_counter()))
+
+    def rate(self, start: float, end: float) -> float:
+        """Return calls a second."""
+        return sum(start <= begun and ended <= end for begun, ended in self.calls) / (end - start)
+
+    def rate_alone(self) -> float:
+        """Call for a while with nothing beside."""
+        self.calls.clear()
+        started = time.perf_counter()
+        while time.perf_counter() < started + self._seconds:
+            self()
+        return self.rate(started, time.perf_counter())
+
+    def share_beside_another(self) -> float | None:
+        """Call for a while beside an unrelated process."""
+        self.calls.clear()
+        turns = Turns()
+        other = subprocess.Popen([sys.executable, "-c", PARSING])
+        try:
+            ends = time.perf_counter() + self._seconds
+            while time.perf_counter() < ends:
+                turns.look()
+                self()
+        finally:
+            turns.end()
+            other.kill()
+            other.wait()
+        return turns.ratio(self.calls)
+
+    def around(self, swaps: list[float]) -> dict[str, float]:
+        """Return the slowest calls around and shortly before swaps, times the median then."""
+        around, shortly_before = [0.0], [0.0]
+        for swap in swaps:
+            earlier = [b - a for a, b in self.calls if swap - 2.2 < a < swap - 0.2]
+            if not earlier:
+                continue  # Calls that take seconds.
+            usual = statistics.median(earlier)
+            met = [b - a for a, b in self.calls if a - 2 * (b - a) <= swap <= b + (b - a)]
+            around.append(max(met, default=0.0) / usual)
+            shortly_before.append(max(earlier) / usual)
+        return {"slowest_around_swap": max(around), "slowest_shortly_before": max(shortly_before)}
+
+
 def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     """Call a model in a loop before, while and after it is compiled."""
     import precast
     from precast.events import CaptureFinished, ModelReady, SlotSwapped
 
-    model, inputs, synchronize = make(options)
-    calls: list[tuple[float, float]] = []
-
-    def call() -> None:
-        begun = time.perf_counter()
-        model(*inputs)
-        synchronize()
-        calls.append((begun, time.perf_counter()))
-
-    def rate(start: float, end: float) -> float:
-        return sum(start <= begun and ended <= end for begun, ended in calls) / (end - start)
-
+    call = Caller(options)
+    model = call.model
     for _ in range(10):
         call()
     # As servers do: a full collection, 60 ms with all of torch alive, falls due now and then.
     gc.collect()
     gc.freeze()
-
-    def eager_rate() -> float:
-        calls.clear()
-        started = time.perf_counter()
-        while time.perf_counter() < started + options.seconds:
-            call()
-        return rate(started, time.perf_counter())
-
-    def beside_another() -> float | None:
-        calls.clear()
-        turns = Turns()
-        other = subprocess.Popen([sys.executable, "-c", PARSING])
-        try:
-            ends = time.perf_counter() + options.seconds
-            while time.perf_counter() < ends:
-                turns.look()
-                call()
-        finally:
-            turns.end()
-            other.kill()
-            other.wait()
-        return turns.ratio(calls)
-
-    before = eager_rate()
-    eager_s = [b - a for a, b in calls]
+    before = call.rate_alone()
+    median = statistics.median(b - a for a, b in call.calls)
     events: list[tuple[float, Any]] = []
     precast.compile(
         model,
@@ -206,12 +229,12 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         max_compile_time=options.timeout,
         listeners=[lambda event: events.append((time.perf_counter(), event))],
     )
-    calls.clear()
+    call.calls.clear()
     turns = Turns()
     cpu_before = cpu_of_other_threads()
     started = time.perf_counter()
     try:
-        while not calls or not precast.wait(model, 0):
+        while not call.calls or not precast.wait(model, 0):
             turns.look()
             call()
             if any(type(event) is SlotSwapped for _, event in events):
@@ -219,7 +242,7 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         turns.end()
     own_share = (cpu_of_other_threads() - cpu_before) / (time.perf_counter() - started)
-    besides = turns.ratio(calls)
+    besides = turns.ratio(call.calls)
     while not precast.wait(model, 0):
         call()
     ended = time.perf_counter()
@@ -227,20 +250,6 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         call()
     at = {kind: [t for t, event in events if type(event) is kind] for kind in
           (CaptureFinished, ModelReady, SlotSwapped)}  # fmt: skip
-    swaps = at[SlotSwapped]
-    first_swap = swaps[0] if swaps else ended
-    around, shortly_before = [0.0], [0.0]
-    for swap in swaps:
-        earlier = [b - a for a, b in calls if swap - 2.2 < a < swap - 0.2]
-        if not earlier:
-            continue  # Calls that take seconds.
-        usual = statistics.median(earlier)
-        met = [b - a for a, b in calls if a - 2 * (b - a) <= swap <= b + (b - a)]
-        around.append(max(met, default=0.0) / usual)
-        shortly_before.append(max(earlier) / usual)
-    median = statistics.median(eager_s)
-    status = precast.status(model)
-    pieces = [piece for assembly in status["assemblies"] for piece in assembly["pieces"]]
     found: dict[str, Any] = {
         "eager_ms": median * 1e3,
         "calls_per_s_before": before,
@@ -251,48 +260,57 @@ def measure_serving(options: argparse.Namespace) -> dict[str, Any]:
         "stopped_s": turns.stopped_s(),
         "compile_s": ended - started,
         "capture_s": at[CaptureFinished][0] - started if at[CaptureFinished] else None,
-        "first_swap_s": first_swap - started,
-        "slowest_around_swap": max(around),
-        "slowest_shortly_before": max(shortly_before),
-        "slowest_while": max(b - a for a, b in calls) / median,
-        "compilers": sorted({piece["compiler"] for piece in pieces}),
+        "first_swap_s": at[SlotSwapped][0] - started if at[SlotSwapped] else None,
+        **call.around(at[SlotSwapped]),
+        "slowest_while": max(b - a for a, b in call.calls) / median,
         # To see what disturbs: calls in each half second, what happened when, calls that were slow.
         "calls_by_half_second": [
-            round(rate(started + i / 2, started + (i + 1) / 2) / before, 3)
+            round(call.rate(started + i / 2, started + (i + 1) / 2) / before, 3)
             for i in range(int((ended - started) * 2))
         ],
         "happened": [[round(t - started, 4), type(event).__name__] for t, event in events],
         "slow_calls": [
-            [round(a - started, 4), (b - a) / median] for a, b in calls if b - a > 1.5 * median
+            [round(a - started, 4), (b - a) / median] for a, b in call.calls if b - a > 1.5 * median
         ][:100],
+        **told_by(model),
+        "imported": [n for n in ("torch._dynamo", "torch._inductor") if n in sys.modules],
+    }
+    found |= measure_steady(call, options)
+    precast.release(model)
+    return found | {
+        "calls_per_s_after": call.rate_alone(),
+        "beside_another": call.share_beside_another(),
+    }
+
+
+def told_by(model: Any) -> dict[str, Any]:
+    """Return what `precast.status` tells of a model's pieces."""
+    import precast
+
+    status = precast.status(model)
+    pieces = [piece for assembly in status["assemblies"] for piece in assembly["pieces"]]
+    return {
+        "compilers": sorted({piece["compiler"] for piece in pieces}),
         "reasons": status["reasons"]
         + [piece["reason"] for piece in pieces if piece["reason"] is not None][:2],
         "timing": [piece["timing"] for piece in pieces][:3],
-        "imported": [n for n in ("torch._dynamo", "torch._inductor") if n in sys.modules],
     }
-    found |= measure_steady(model, options, inputs, synchronize)
-    precast.release(model)
-    return found | {"calls_per_s_after": eager_rate(), "beside_another": beside_another()}
 
 
-def measure_steady(
-    model: Any, options: argparse.Namespace, inputs: Any, synchronize: Any
-) -> dict[str, Any]:
+def measure_steady(ours: Caller, options: argparse.Namespace) -> dict[str, Any]:
     """Compare with a model that was compiled in blocking mode: the same pieces, from the cache."""
     import precast
 
-    other, _, _ = make(options)
-    precast.compile(other, cache_dir=options.cache, progress=False, revalidate="never")
-    other(*inputs)
-    seconds: dict[int, list[float]] = {0: [], 1: []}
+    blocking = Caller(options)
+    precast.compile(blocking.model, cache_dir=options.cache, progress=False, revalidate="never")
+    blocking()
+    blocking.calls.clear()
+    ours.calls.clear()
     for number in range(2 * options.rounds):
-        for which in (0, 1) if number % 2 else (1, 0):
-            begun = time.perf_counter()
-            (model, other)[which](*inputs)
-            synchronize()
-            seconds[which].append(time.perf_counter() - begun)
-    ours, theirs = statistics.median(seconds[0]), statistics.median(seconds[1])
-    return {"steady_ms": ours * 1e3, "blocking_ms": theirs * 1e3, "steady_ratio": ours / theirs}
+        for call in (ours, blocking) if number % 2 else (blocking, ours):
+            call()
+    own_s, their_s = (statistics.median(b - a for a, b in c.calls) for c in (ours, blocking))
+    return {"steady_ms": own_s * 1e3, "blocking_ms": their_s * 1e3, "steady_ratio": own_s / their_s}
 
 
 def measure_planted(options: argparse.Namespace, name: str, **settings: Any) -> dict[str, Any]:

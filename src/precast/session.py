@@ -149,6 +149,7 @@ class Session:
         return environment
 
     def _make_service(self) -> CompileService:
+        from precast.background.limits import NICE, NICE_BESIDE_CALLS
         from precast.background.service import CompileService
 
         return CompileService(
@@ -159,8 +160,7 @@ class Session:
             clock=time.perf_counter,
             environment=self._worker_environment(),
             devices=_gpus(),
-            # More where calls are served beside them.
-            nice=10 if self.config.mode == "progressive" else 5,
+            nice=NICE_BESIDE_CALLS if self.config.mode == "progressive" else NICE,
         )
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from precast import errors
 from precast.background.child import start_child
+from precast.background.limits import NICE_BESIDE_CALLS
 from precast.background.skeleton import CannotSendError, dump, load
 from precast.errors import CaptureError, CompileTimeoutError, PrecastError, Reason
 from precast.runtime.collector import no_collection
@@ -204,7 +205,7 @@ def _start(stderr: Any) -> subprocess.Popen[bytes]:
         **os.environ,
         "PRECAST_DISABLE": "1",  # Decorators in the user's modules: the child serves nothing.
     }
-    return start_child("precast.background.capture", 10, environment, stderr)
+    return start_child("precast.background.capture", NICE_BESIDE_CALLS, environment, stderr)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -13,6 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+# How much lower the priority of what compiles is: the second where calls are served beside it.
+NICE = 5
+NICE_BESIDE_CALLS = 10
 _PR_SET_PDEATHSIG = 1
 _SESSION_TRIES = 100
 # A signal that does nothing by default: a thread from before `die_with_parent`, of a BLAS say, may

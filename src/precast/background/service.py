@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from precast.background.limits import NICE
 from precast.background.usage import UsageMeter
 from precast.background.worker_process import WorkerProcess
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
@@ -50,7 +51,7 @@ class CompileService:
         clock: Callable[[], float] = time.monotonic,
         environment: Mapping[str, str] | None = None,
         devices: Sequence[str] = (),
-        nice: int = 5,
+        nice: int = NICE,
     ) -> None:
         """Start nothing yet.
 
