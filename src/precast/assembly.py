@@ -27,7 +27,7 @@ from precast.runtime.packed import CannotPack, pack
 from precast.runtime.slot import SlotTable
 from precast.stitch import SerializableFunction
 
-ASSEMBLY_VERSION = 3
+ASSEMBLY_VERSION = 4
 _FIELDS = (
     "call_check",
     "contract",
@@ -126,16 +126,19 @@ class Assembly:
 class Bound:
     """A loaded assembly tied to one model: `entry(model, *args)` is the compiled call."""
 
-    __slots__ = ("binding", "entry", "is_current")
+    __slots__ = ("binding", "entry", "is_current", "weights")
 
     def __init__(self, binding: Binding, entry: Callable[..., Any]) -> None:
         self.binding = binding
         self.entry = entry
         self.is_current = binding.is_current
+        self.weights = binding.weights
 
 
 class _NotBound:
     """Stands for the binding of an assembly that the next call is to bind."""
+
+    weights: tuple[Any, ...] = ()
 
     @staticmethod
     def is_current() -> bool:
@@ -338,6 +341,7 @@ def open_check(
         "are_apart": are_apart,
         "current_gpu": torch.cuda.current_device,
         "encode": encode,
+        "is_grad_enabled": torch.is_grad_enabled,
         "math": math,
     }
     for name, constant in data["constants"].items():

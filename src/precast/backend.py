@@ -147,6 +147,9 @@ def digests_of_texts(
 
 def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable[..., Any]:
     """Return a callable for a graph that Dynamo guards, its pieces compiled or found."""
+    import torch
+    from torch.autograd import forward_ad
+
     from precast.capture.guards import symbol_ranges
     from precast.errors import PrecastError
 
@@ -205,7 +208,17 @@ def compile_traced(graph_module: torch.fx.GraphModule, session: Any) -> Callable
     positions = [names.index(name) for name in execution.arguments]
     limits = _limits(graph_module, narrowed_ranges(drawing.slots, drawing.symbols, results))
 
+    tensors = [
+        names.index(node.name)
+        for node in graph_module.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("example_value"), torch.Tensor)
+    ]
+
     def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and any(args[i].requires_grad for i in tensors)
+        ):
+            return eager(*args)  # Compiled code records no gradients.
         for position, dim, bounds in limits:
             size = args[position] if dim is None else args[position].shape[dim]
             if size not in bounds:

@@ -144,6 +144,7 @@ def state_guard() -> Callable[[], bool]:
     """
     import torch
     from torch._C._dynamo import guards  # In the C library: Dynamo is not imported.
+    from torch.autograd import forward_ad
 
     is_grad_enabled = torch.is_grad_enabled
     before = is_grad_enabled()
@@ -176,6 +177,7 @@ def state_guard() -> Callable[[], bool]:
             and mkldnn() is mkldnn_before
             and num_functions() == functions_before
             and num_dispatches() == dispatches_before
+            and forward_ad._current_level < 0  # Compiled code has no tangents.
         )
 
     return check

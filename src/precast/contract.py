@@ -16,7 +16,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
+#: The condition of a call check that is about gradients.
+NO_GRADIENTS = "no argument records gradients"
 
 
 class Unrecordable(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
@@ -384,19 +386,26 @@ def autocast_state() -> list[list[str]]:
 
 
 def tensor_spec(tensor: Any, gpu: int | None = None) -> list[Any]:
-    """What must not change of a bound tensor: dtype, shape, stride, device, layout.
+    """What must not change of a bound tensor.
+
+    dtype, shape, strides, device, and that it is a conjugate or a negative view if it is one.
 
     Args:
         tensor: That is bound.
         gpu: The number of the GPU that the model is on, which is not part of a contract.
     """
     device = str(tensor.device)
-    return [
+    spec = [
         str(tensor.dtype),
         list(tensor.shape),
         list(tensor.stride()),
         "cuda" if device == f"cuda:{gpu}" else device,
     ]
+    if tensor.is_conj():
+        spec.append("conjugate view")
+    if tensor.is_neg():
+        spec.append("negative view")
+    return spec
 
 
 def hooks_of(module: Any) -> list[Any]:

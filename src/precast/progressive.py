@@ -406,7 +406,7 @@ class _Growth:
         """
         if not isinstance(loaded.bound, Bound):
             return
-        weights = loaded.bound.binding.weights
+        weights = loaded.bound.weights
         done: set[int] = set()
         for (number, _), group in zip(self._blueprint.slots, self._blueprint.groups, strict=True):
             if number is None or number not in numbers or number in done:

@@ -12,14 +12,16 @@ import contextlib
 import os
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from precast.assemblies import Assemblies
 from precast.assembly import LoadedAssembly
-from precast.capture.fingerprint import call_signature, model_fingerprint
+from precast.capture.fingerprint import call_signature, model_fingerprint, tensors_in
+from precast.contract import NO_GRADIENTS
 from precast.describe import refusals
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import (
@@ -30,7 +32,7 @@ from precast.events import (
 )
 from precast.owner import device_of, find_blocks, find_forward, wrap_forward
 from precast.runtime.collector import no_collection
-from precast.runtime.dispatch import Dispatcher, needs_gradient
+from precast.runtime.dispatch import Dispatcher, any_requires_grad
 from precast.runtime.gpu import gpu_of, on_gpu
 from precast.session import Session
 from precast.why_eager import MOST_FAILED_CALLS, WhyEager
@@ -119,7 +121,10 @@ class CompiledModel:
         """Serve a call off the hot path: rebind, load, compile, or run eager with a reason."""
         found, failed = self._find(args, kwargs)
         if isinstance(found, LoadedAssembly):
-            return self.dispatcher.run(found, found.bound, args, kwargs)
+            bound = found.bound
+            if not self._records_gradients(bound.weights):
+                return self.dispatcher.run(found, bound, args, kwargs)
+            found = None
         if callable(found):
             return found(*args, **kwargs)
         if self._behind is not None:
@@ -176,6 +181,8 @@ class CompiledModel:
                 return loaded, None
             if self.why_eager.has_given_up(signature) or signature in self._pending:
                 return None, None
+            if torch.is_grad_enabled() and self._is_refused_for_gradients(args, kwargs):
+                return None, None
             loaded = self._start(args, kwargs, signature)
             if loaded is not None:
                 return loaded, None
@@ -214,11 +221,31 @@ class CompiledModel:
     def _must_stay_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
             return True  # Somebody traces through the model: let them see its own code.
-        if not torch.is_grad_enabled():
-            return False
+        if forward_ad._current_level >= 0:
+            self._note_gradients()  # Perhaps: which tensors have tangents costs more to ask.
+            return True
+        tensors = list(tensors_in((args, kwargs)))
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            self.why_eager.note(
+                Reason(
+                    "outside-contract",
+                    "an argument is a conjugate or negative view, which compiled code would read "
+                    "without its sign; such calls run eager",
+                    "Pass tensor.resolve_conj() or tensor.resolve_neg()",
+                )
+            )
+            return True
         weights = list(self.owner.parameters()) if self.owner is not None else []
-        if not needs_gradient(weights, args, kwargs):
+        return self._records_gradients([*weights, *tensors])
+
+    def _records_gradients(self, tensors: Iterable[Any]) -> bool:
+        """Tell whether a call with these tensors records gradients; it is to run eager then."""
+        if not torch.is_grad_enabled() or not any_requires_grad(tensors):
             return False
+        self._note_gradients()
+        return True
+
+    def _note_gradients(self) -> None:
         self.why_eager.note(
             Reason(
                 "grad-enabled",
@@ -226,7 +253,14 @@ class CompiledModel:
                 "Call the model under torch.inference_mode() or torch.no_grad()",
             )
         )
-        return True
+
+    def _is_refused_for_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call would be compiled but that a tensor deep within it has gradients."""
+        for loaded in self.assemblies.loaded:
+            if (loaded.why_not(args, kwargs) or "").endswith(NO_GRADIENTS):
+                self._note_gradients()
+                return True
+        return False
 
     def _start(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str
@@ -367,6 +401,9 @@ class CompiledModel:
         self.assemblies.add(loaded)
         self.assemblies.note_start(loaded, time.perf_counter() - started, results)
         problem = loaded.why_not(args, kwargs)
+        if problem is not None and problem.endswith(NO_GRADIENTS):
+            self._note_gradients()
+            return None
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
             self.why_eager.give_up(

@@ -189,6 +189,57 @@ def test_gradients_are_recorded_as_eager_does() -> None:
     assert len(precast.status(model)["assemblies"]) == 1
 
 
+@dataclasses.dataclass
+class Settings:
+    """Named as attributes of tensors are."""
+
+    scale: torch.Tensor
+    dim: int = 2
+    dtype: str = "float"
+
+
+def scaled_by(x: torch.Tensor, settings: Settings) -> torch.Tensor:
+    return x * settings.scale * settings.dim
+
+
+def test_gradients_of_what_lies_deep_in_an_argument_are_recorded() -> None:
+    served = precast.compile(scaled_by, **SETTINGS)
+    settings = Settings(torch.ones(4))
+    assert torch.equal(served(X, settings), X * 2)
+    settings.scale.requires_grad_()
+
+    with torch.enable_grad():
+        assert served(X, settings).requires_grad
+    assert codes(served) == ["grad-enabled"]
+    assert not served(X, settings).requires_grad
+    assert len(precast.status(served)["assemblies"]) == 1
+
+
+def test_tangents_are_as_eager_gives_them() -> None:
+    model = precast.compile(Model(), **SETTINGS)
+    model(X)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        found = model(forward_ad.make_dual(X, torch.ones_like(X)))
+
+        assert forward_ad.unpack_dual(found).tangent is not None
+    assert codes(model) == ["grad-enabled"]
+
+
+def negated(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1
+
+
+def test_a_negative_view_is_read_with_its_sign() -> None:
+    served = precast.compile(negated, **SETTINGS)
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    served(z.imag)
+
+    assert torch.equal(served(z.conj().imag), negated(z.conj().imag))
+    assert codes(served) == ["outside-contract"]
+    assert len(precast.status(served)["assemblies"]) == 1
+
+
 def test_threads_may_call_a_model_for_the_first_time_together() -> None:
     model = Model()
     expected = model(X)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from precast.api import torch_backend
+from precast.compilers.eager import EagerAdaptor
 
 OPTIONS = {"compiler": "eager", "progress": False}
 
@@ -51,3 +52,24 @@ def test_a_disabled_precast_gives_the_graph_back(monkeypatch: pytest.MonkeyPatch
     graph_module = torch.fx.symbolic_trace(make())
 
     assert torch_backend(graph_module, ()) == graph_module.forward
+
+
+def test_gradients_are_recorded_as_eager_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of inputs and of weights; compiled code records none, as the planted one."""
+    load = EagerAdaptor.load
+    monkeypatch.setattr(
+        EagerAdaptor, "load", lambda *args, **kwargs: torch.no_grad()(load(*args, **kwargs))
+    )
+    model = make()
+    options = {**OPTIONS, "cache_dir": str(tmp_path)}
+    compiled = torch.compile(model, backend="precast", options=options)
+    x = torch.randn(3, 4)
+
+    assert not compiled(x).requires_grad
+    assert compiled(x.clone().requires_grad_()).requires_grad
+    model.requires_grad_(True)
+    assert compiled(x).requires_grad
+    with torch.no_grad():
+        assert not compiled(x).requires_grad

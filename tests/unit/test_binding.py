@@ -286,3 +286,21 @@ def test_another_state_is_refused_by_name() -> None:
 
     assert isinstance(found, Reason)
     assert "default_dtype is 'torch.float16'" in found.message
+
+
+def test_a_weight_that_became_a_negative_view_is_noticed() -> None:
+    """Its memory, shape and strides are what they were: compiled code would lose the sign."""
+    model = Model()
+    contract = make_contract(model)
+    model.block.weight.data = torch._neg_view(model.block.weight.data)
+
+    assert isinstance(bind(contract, Model.forward, model), Reason)
+
+
+def test_forward_mode_differentiation_is_another_state() -> None:
+    check = state_guard()
+
+    assert check()
+    with torch.autograd.forward_ad.dual_level():
+        assert not check()
+    assert check()

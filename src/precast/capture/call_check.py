@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from precast.capture.places import Path, Scope, readable
-from precast.contract import Unrecordable, encode
+from precast.contract import NO_GRADIENTS, Unrecordable, encode
+
+# A negative view is the imaginary part of a conjugate one.
+_PARTS_OF_COMPLEX = ("torch.float16", "torch.float32", "torch.float64")
 
 
 class CallCheckWriter:
@@ -28,6 +31,7 @@ class CallCheckWriter:
         self._seen: set[str] = set()
         self.ranks: dict[str, int] = {}  # Of the tensors whose sizes are names.
         self.contiguous: set[str] = set()  # Tensors that are required to be so.
+        self.tensors: dict[str, None] = {}  # All that a call gives.
         self.conditions: list[str] = ["everything holds"]
         self.constants: dict[str, Any] = {}
         self._constant_names: dict[str, str] = {}
@@ -72,6 +76,12 @@ class CallCheckWriter:
         self._seen.add(condition)
         self.conditions.append(meaning)
         self.lines.append(f"if not ({condition}): return {len(self.conditions) - 1}")
+
+    def require_no_gradients(self) -> None:
+        """Require of all tensors so far that a call with them records no gradients."""
+        if self.tensors:
+            records = " or ".join(f"{name}.requires_grad" for name in self.tensors)
+            self.require(f"not (is_grad_enabled() and ({records}))", NO_GRADIENTS)
 
     def unpack(self, name: str, rank: int, meaning: str) -> None:
         """Read a tensor's sizes into names of their own, once; another rank fails the check."""
@@ -126,12 +136,22 @@ def require_tensor(
     the number of the GPU that the model is on: the check gets it as `GPU` when it is opened.
     """
     name, meaning = writer.place(path), readable(path)
+    writer.tensors[name] = None
     shape, stride = (tuple(tensor.shape), tuple(tensor.stride())) if sizes is None else sizes
     dtype = writer.constant(encode(tensor.dtype))
     device = tensor.device
     on_device = "is_cpu" if device.type == "cpu" else f"is_{device.type}"
     writer.require(f"type({name}) in TENSORS", f"{meaning} is a plain tensor")
     writer.require(f"{name}.dtype is {dtype}", f"{meaning} is {tensor.dtype}")
+    # What is still to be applied compiled code does not see: `z.conj()`, and `z.conj().imag`.
+    if tensor.is_complex():
+        writer.require(
+            f"not {name}.is_conj()", f"{meaning} is no conjugate view (as after resolve_conj())"
+        )
+    if tensor.is_complex() or str(tensor.dtype) in _PARTS_OF_COMPLEX:
+        writer.require(
+            f"not {name}.is_neg()", f"{meaning} is no negative view (as after resolve_neg())"
+        )
     writer.require(f"{name}.{on_device}", f"{meaning} is on {device.type}")
     if device.type == "cuda" and device.index == gpu:
         writer.require(f"{name}.get_device() == GPU", f"{meaning} is on the model's GPU")

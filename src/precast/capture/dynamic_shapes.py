@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from precast.capture.fingerprint import tensors_in
 
 # Sizes of these many dimensions are left as they are, but for the first: a picture's or a
@@ -59,7 +61,7 @@ def mark_dynamic(
 def _mark_tree(value: Any, wish: Any, marked: list[Any]) -> None:
     if wish is None or value is None:
         return
-    if hasattr(value, "dim") and hasattr(value, "dtype"):
+    if isinstance(value, torch.Tensor):
         entries = wish.items() if isinstance(wish, Mapping) else enumerate(wish)
         for dim, size in entries:
             if size is not None and not isinstance(size, int):

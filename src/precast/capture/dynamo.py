@@ -248,6 +248,7 @@ def capture_call(
         unrecordable = str(error)
     if gpu is not None and uses_the_current_gpu(raw.graph_module):
         recorder.writer.require("current_gpu() == GPU", "the current GPU is the model's")
+    recorder.writer.require_no_gradients()
     return Capture(
         graph_module=raw.graph_module,
         ranges=symbol_ranges(raw.shape_env),

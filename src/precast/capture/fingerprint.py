@@ -13,6 +13,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 
 def model_fingerprint(function: types.FunctionType, owner: Any) -> str:
     """Return the digest of a model's structure, or of a plain function's name.
@@ -116,7 +118,7 @@ def _feed_value(value: Any, parts: list[str]) -> None:
             parts.append(f"{key!r}:" if isinstance(key, str | int) else f"{_type_name(key)}:")
             _feed_value(value[key], parts)
         parts.append("}")
-    elif hasattr(value, "dtype") and hasattr(value, "dim"):
+    elif isinstance(value, torch.Tensor):
         parts.append(f"{value.dtype}/{value.dim()}/{value.device.type}")
     else:
         parts.append(_type_name(value))
@@ -153,7 +155,7 @@ def like_example(
     remaining = list(shapes)
 
     def replace(value: Any) -> Any:
-        if hasattr(value, "dim") and hasattr(value, "dtype"):
+        if isinstance(value, torch.Tensor):
             shape = tuple(remaining.pop(0))
             if shape == tuple(value.shape):
                 alike = value.new_empty(()).new_empty_strided(shape, value.stride())
@@ -182,9 +184,9 @@ def like_example(
     return None if remaining else (tuple(new_args), new_kwargs)
 
 
-def tensors_in(value: Any) -> Iterator[Any]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Iterate over the tensors in plain containers, in order."""
-    if hasattr(value, "dim") and hasattr(value, "dtype"):
+    if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():

@@ -8,7 +8,7 @@ first call, a new shape, a changed model, is `resolve`'s business, one thread at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +118,8 @@ class Dispatcher:
                 continue
             bound = assembly.bound
             if is_fit and bound.is_current():
-                if _is_grad_enabled() and needs_gradient(bound.binding.weights, args, kwargs):
+                # That no argument records gradients is part of the check.
+                if _is_grad_enabled() and any_requires_grad(bound.weights):
                     break
                 try:  # As `run` does, one call less on the hot path.
                     return bound.entry(*args, **kwargs)
@@ -172,22 +173,9 @@ class WatchedDispatcher(Dispatcher):
         return watcher.run(Dispatcher.forward, self, args, kwargs)
 
 
-def needs_gradient(weights: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether eager would record a gradient for this call."""
-    for tensor in weights:
-        if tensor.requires_grad:
-            return True
-    return any(_requires_grad(value) for value in (*args, *kwargs.values()))
-
-
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    if type(value) in (tuple, list):
-        return any(map(_requires_grad, value))
-    if type(value) is dict:
-        return any(map(_requires_grad, value.values()))
-    return False
+def any_requires_grad(tensors: Iterable[Any]) -> bool:
+    """Whether eager would record gradients for one of these."""
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def call_with_hooks(

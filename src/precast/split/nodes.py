@@ -337,6 +337,21 @@ def _symbols_of(node: Node) -> set[Any]:
     return unbacked_symbols(value_of(node))
 
 
+def meets_lazy_view(node: Node) -> bool:
+    """Tell whether a node reads or gives a conjugate or a negative view.
+
+    `z.conj()` only marks that it is to be conjugated, and `z.conj().imag` that it is to be negated;
+    compiled code reads the memory beneath.
+    """
+    return any(map(_is_lazy, map(value_of, [node, *node.all_input_nodes])))
+
+
+def _is_lazy(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_neg() or (value.is_complex() and value.is_conj())
+    return isinstance(value, tuple | list) and any(map(_is_lazy, value))
+
+
 def unbacked_symbols(value: Any) -> set[Any]:
     """Return the symbols in a fake value that no input's shape gives."""
     if not any(True for _ in _symbolic_parts(value)):

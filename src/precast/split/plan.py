@@ -38,6 +38,7 @@ from precast.split.nodes import (
     is_random,
     is_size,
     is_tensor,
+    meets_lazy_view,
     names_of,
     reshapes_in_place,
     sets_global_state,
@@ -156,6 +157,8 @@ def _native_nodes(graph_module: GraphModule, placement: Placement) -> dict[str, 
             is_known(node) or enters_context(node) or exits_context(node)
         ):
             native[node.name] = "foreign-op"
+        elif meets_lazy_view(node):
+            native[node.name] = "lazy-view"
         elif node.name in placement.native:
             native[node.name] = placement.native[node.name]
     return native

@@ -9,7 +9,7 @@ from precast.assembly import are_apart
 from precast.blueprint import check_source
 from precast.capture.call_check import CallCheckWriter, require_tensor, signature_of
 from precast.capture.places import Scope, parse_place
-from precast.contract import decode
+from precast.contract import NO_GRADIENTS, decode
 
 
 def positional_only(a: Any, /, b: Any = 1, *rest: Any, c: Any, d: Any = 2, **more: Any) -> None:
@@ -35,7 +35,11 @@ def captured(x: Any) -> None:
 def make_check(tensor: torch.Tensor, sizes: Any = None) -> Any:
     writer = CallCheckWriter(Scope(captured, False, {}, {}))
     require_tensor(writer, parse_place("L['x']"), tensor, sizes)
-    namespace: dict[str, Any] = {"TENSORS": frozenset((torch.Tensor, torch.nn.Parameter))}
+    writer.require_no_gradients()
+    namespace: dict[str, Any] = {
+        "TENSORS": frozenset((torch.Tensor, torch.nn.Parameter)),
+        "is_grad_enabled": torch.is_grad_enabled,
+    }
     namespace.update((name, decode(data)) for name, data in writer.constants.items())
     exec(check_source(f"def check({signature_of(captured.__code__)}):", writer.lines), namespace)
     return lambda x: writer.conditions[namespace["check"](x)]
@@ -49,7 +53,9 @@ def test_a_tensor_unlike_the_captured_one_is_refused_with_the_condition() -> Non
     check = make_check(torch.ones(2, 3))
 
     assert check(torch.zeros(2, 3)) == "everything holds"
-    assert check(torch.nn.Parameter(torch.zeros(2, 3))) == "everything holds"
+    with torch.no_grad():
+        assert check(torch.nn.Parameter(torch.zeros(2, 3))) == "everything holds"
+    assert check(torch.nn.Parameter(torch.zeros(2, 3))) == NO_GRADIENTS
     assert check(torch.zeros(2, 3).half()) == "x is torch.float32"
     assert check(torch.zeros(2, 4)) == "size 1 of x is 3"
     assert check(torch.zeros(2)) == "x has 2 dimensions"
@@ -57,6 +63,11 @@ def test_a_tensor_unlike_the_captured_one_is_refused_with_the_condition() -> Non
     assert check(torch.zeros(2, 3, device="meta")) == "x is on cpu"
     assert check(torch.zeros(2, 3).as_subclass(Subclass)) == "x is a plain tensor"
     assert check(None) == "x is a plain tensor"
+    assert check(torch._neg_view(torch.zeros(2, 3))).startswith("x is no negative view")
+    check = make_check(torch.zeros(2, 3, dtype=torch.complex64))
+    assert check(torch.zeros(2, 3, dtype=torch.complex64)) == "everything holds"
+    z = torch.zeros(2, 3, dtype=torch.complex64).conj()
+    assert check(z).startswith("x is no conjugate view")
 
 
 def test_a_stride_of_a_dimension_of_one_is_no_matter() -> None:

@@ -70,7 +70,10 @@ def test_guards_on_the_call_refuse_another_call_with_the_condition(captured: Cap
     """Every argument that tracing looked at is asked again; a size that varies is not."""
     writer = captured.recorder.writer
     header = f"def check({signature_of(Model.forward.__code__)}):"
-    namespace: dict[str, Any] = {"TENSORS": frozenset((torch.Tensor, nn.Parameter))}
+    namespace: dict[str, Any] = {
+        "TENSORS": frozenset((torch.Tensor, nn.Parameter)),
+        "is_grad_enabled": torch.is_grad_enabled,
+    }
     namespace.update((name, decode(data)) for name, data in writer.constants.items())
     exec(check_source(header, writer.lines), namespace)
 

@@ -377,3 +377,21 @@ def test_foreign_operators_that_repeat_decide_the_rule() -> None:
         return x
 
     assert auto_splitter(trace(draw)) == SplitAtOps()
+
+
+def test_what_meets_a_conjugate_or_negative_view_runs_natively() -> None:
+    """
+    Compiled code reads the memory beneath and not the mark that it is to be conjugated.
+    """
+
+    def draw(g: Graph, s: Node, x: Node) -> Node:
+        y = g.call_function(torch.exp, (x,))
+        conjugate = g.call_method("conj", (g.call_function(torch.complex, (y, y)),))
+        imaginary = g.call_function(torch.imag, (conjugate,))
+        parts = g.call_method("unbind", (imaginary,), {"dim": 1})
+        part = g.call_function(operator.getitem, (parts, 1))
+        return g.call_function(torch.exp, (g.call_function(torch.sin, (part,)),))
+
+    plan, stitch = cut(trace(draw))
+    assert [p.reasons for p in plan.partitions] == [(), ("lazy-view",), ()]
+    assert calls(stitch.module.native_1)[-1] == "sin"
