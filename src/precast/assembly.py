@@ -152,6 +152,7 @@ class LoadedAssembly:
     """An assembly whose code is loaded. `check(*args)` is 0 where it serves a call."""
 
     __slots__ = (
+        "__weakref__",
         "_code",
         "_contract",
         "_execution",

@@ -124,6 +124,7 @@ class CompilerManager:
         on_result: Callable[[int, PieceResult], None] = lambda _number, _result: None,
         max_parts: int = MAX_PARTS,
         may_wait: bool = True,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> list[PieceResult]:
         """Return what became of every piece, in order: from the cache, compiled, or eager.
 
@@ -136,6 +137,7 @@ class CompilerManager:
             on_result: Told of each piece, in this thread, as soon as it is known.
             max_parts: In how many a piece is compiled at most that outgrows its limits.
             may_wait: Unset: compile here even what another process compiles now.
+            is_wanted: Asked about once a second; where not, all workers are ended, as by `close`.
         """
         results: dict[int, PieceResult] = {}
 
@@ -158,7 +160,11 @@ class CompilerManager:
                 give_way()
                 miss.report(self._emit)
             self._answer_misses(
-                misses, lambda miss, result: take(miss.number, result), max_parts, may_wait
+                misses,
+                lambda miss, result: take(miss.number, result),
+                max_parts,
+                may_wait,
+                is_wanted,
             )
         return [results[i] for i in range(len(pieces))]
 
@@ -176,6 +182,7 @@ class CompilerManager:
         take: Callable[[Miss, PieceResult], None],
         max_parts: int,
         may_wait: bool,
+        is_wanted: Callable[[], bool],
     ) -> None:
         """Compile what the cache does not have, where the settings and the compilers allow it."""
         if self._config.mode == "cache_only":
@@ -202,7 +209,7 @@ class CompilerManager:
             for miss in misses:
                 take(miss, self._in_process.compile_unsent(miss.piece, miss.name, str(problem)))
             return
-        self._compile_in_workers(misses, take, max_parts, may_wait)
+        self._compile_in_workers(misses, take, max_parts, may_wait, is_wanted)
 
     def _reason_for_no_compile(self) -> Reason:
         return Reason(
@@ -217,18 +224,25 @@ class CompilerManager:
         take: Callable[[Miss, PieceResult], None],
         max_parts: int,
         may_wait: bool,
+        is_wanted: Callable[[], bool],
     ) -> None:
         """Compile what no other process compiles now, and wait for the rest."""
         from precast.cache.scratch import OwnFolder
         from precast.on_miss.in_workers import Batch
 
         service = self._ensure_service()
+
+        def is_open() -> bool:
+            if self._service is service and not is_wanted():
+                self.close()
+            return self._service is service
+
         with OwnFolder("compile") as folder:
             batch = Batch(
                 self._in_workers,
                 folder.path,
                 take,
-                lambda: self._service is service,
+                is_open,
                 max_parts=max_parts,
                 may_wait=may_wait,
             )

@@ -9,6 +9,7 @@ It never traces while a call runs, and never compiles. How an assembly comes to 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precast import handover
@@ -33,11 +34,12 @@ from precast.background.capture import (
 from precast.background.skeleton import CannotSendError, hollow
 from precast.behind import NAME, give_way, work_behind
 from precast.blueprint import Blueprint, slot_of, slot_table
+from precast.breakable import Breakable, BrokenOffError
 from precast.errors import CaptureError, PrecastError, Reason, in_words
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
 from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
-from precast.runtime.gate import CallGate
+from precast.runtime.gate import CallGate, HeldUp
 from precast.runtime.gpu import gpu_of, on_gpu
 from precast.tryout import run_once
 
@@ -47,13 +49,18 @@ if TYPE_CHECKING:
     from precast.runtime.slot import SlotTable
     from precast.serving import CompiledModel
 
-# How long is waited for the thread, which may be tracing: at exit, and when a model is released.
+# How long is waited for the thread: at exit, where it was broken off, and when a model is released.
+# Calls after that would meet a trace, so its end is waited for.
 _EXIT_S = 0.8
 _RELEASE_S = 2.0
+_RELEASE_TRACING_S = 60.0
 
 
 class Request:
-    """One kind of call to be compiled: what is needed to make it again, without its data."""
+    """One kind of call to be compiled: what is needed to make it again, without its data.
+
+    It does not keep the model: one that nobody uses any more is not compiled either.
+    """
 
     def __init__(
         self,
@@ -63,7 +70,8 @@ class Request:
         kwargs: dict[str, Any],
     ) -> None:
         """Take the call as it is before it runs. `args` are without the owner."""
-        self.target = target
+        self.session = target.session
+        self._target = weakref.ref(target)
         self.signature = signature
         self.function = target.function
         self.gpu = gpu_of(target.owner, args, kwargs)
@@ -76,6 +84,18 @@ class Request:
             self.call = dump_call(args, kwargs)
         except CannotSendError as problem:
             self.why_not_sent = str(problem)
+
+    @property
+    def target(self) -> CompiledModel:
+        """Whose call it is.
+
+        Raises:
+            CalledOffError: The model is gone.
+        """
+        target = self._target()
+        if target is None:
+            raise CalledOffError
+        return target
 
 
 def hollow_call(args: Any, kwargs: Any) -> Any:
@@ -108,9 +128,10 @@ class BackgroundCompiler:
         state.thread = threading.Thread(
             target=_serve, args=(state, self.gate), name=NAME, daemon=True
         )
+        atexit.register(state.end_at_exit)
         state.thread.start()
-        # At exit too: workers must not outlive us, nor their files. Holds no reference to us.
-        self._end = weakref.finalize(self, _State.end, self._state, _EXIT_S)
+        self._let_go = weakref.finalize(self, state.call_off)  # Holds no reference to us.
+        self._let_go.atexit = False
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
@@ -131,12 +152,13 @@ class BackgroundCompiler:
 
     def close(self) -> None:
         """End everything at once; nothing is installed any more."""
-        self._end.detach()
-        self._state.end(_RELEASE_S)
+        self._let_go.detach()
+        self._state.end(_RELEASE_S, _RELEASE_TRACING_S)
 
     def forget(self) -> None:
         """Let go of everything without ending it: for a fork, which has no claim to it."""
-        self._end.detach()
+        self._let_go.detach()
+        atexit.unregister(self._state.end_at_exit)
 
     def describe(self) -> dict[str, Any]:
         """Return what is going on, as plain data."""
@@ -155,60 +177,85 @@ class _State:
         self.current: Request | None = None
         self.child: CaptureChild | None = None
         self.doing: str | None = None
+        self.tracing = Breakable()  # In this process.
         self.is_ended = False
         self.pid = os.getpid()
 
-    def end(self, patience_s: float) -> None:
-        """End child, workers and thread; return when they are gone, or patience is at its end."""
+    def call_off(self) -> None:
+        """Let the thread end as soon as it can; wait for nobody. For the garbage collector, too."""
         if os.getpid() != self.pid:
-            return  # A fork: they are its parent's.
+            return  # A fork: the thread is its parent's, and holds the lock perhaps.
         with self.condition:
             self.is_ended = True
             self.waiting.clear()
             self.condition.notify_all()
+
+    def end(self, patience_s: float, patience_tracing_s: float) -> None:
+        """End child, workers and thread; return when they are gone, or patience is at its end."""
+        if os.getpid() != self.pid:
+            return  # They are its parent's.
+        self.call_off()
+        with self.condition:
             thread, current, child = self.thread, self.current, self.child
-        deadline = time.monotonic() + patience_s
+        started = time.monotonic()
         if child is not None:
             child.end()
         while thread is not None and thread is not threading.current_thread():
             if current is not None:
                 # Again and again: the thread may be about to start workers.
-                current.target.session.manager.close()
+                current.session.manager.close()
             thread.join(0.05)
-            if not thread.is_alive() or time.monotonic() > deadline:
+            limit_s = patience_tracing_s if self.tracing.is_inside else patience_s
+            if not thread.is_alive() or time.monotonic() > started + limit_s:
                 return
             with self.condition:
                 current = self.current
 
+    def end_at_exit(self) -> None:
+        """End them before the interpreter ends the thread, wherever that is."""
+        if os.getpid() == self.pid:
+            self.call_off()
+            self.tracing.break_off()
+            self.end(_EXIT_S, _EXIT_S)
+
 
 def _serve(state: _State, gate: CallGate) -> None:
     work_behind()
+    try:
+        while request := _next_request(state):
+            assert state.child is not None
+            _serve_one(state, gate, request, state.child)
+            del request
+    except BrokenOffError:
+        pass
+    finally:
+        atexit.unregister(state.end_at_exit)
+
+
+def _next_request(state: _State) -> Request | None:
+    """Wait for a request; None: this is the end."""
     while True:
         with state.condition:
             state.child = state.doing = state.current = None
             state.condition.notify_all()
             state.condition.wait_for(lambda: state.waiting or state.is_ended)
             if state.is_ended:
-                return
+                return None
         give_way()  # To the answer of the call that asked.
         with state.condition:
             if not state.waiting:
                 continue  # Ended meanwhile.
-            request = state.current = state.waiting.popleft()
-            child = state.child = CaptureChild()
-        _serve_one(state, gate, request, child)
-        del request
+            state.child = CaptureChild()
+            state.current = state.waiting.popleft()
+            return state.current
 
 
 def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> None:
-    target = request.target
+    session = request.session
     try:
-        with on_gpu(request.gpu):
-            if handover.is_served(request):
-                return
-            target.session.manager.prestart()
-        state.doing = "capturing"
-        captured = _capture(state, gate, request, child)
+        captured = _prepare(state, gate, request, child)
+        if captured is None:
+            return
         state.doing = "compiling"
         with on_gpu(captured.blueprint.gpu):
             _Growth(state, request, captured).run()
@@ -216,10 +263,24 @@ def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureCh
         pass
     except Exception as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
         if not state.is_ended:  # Else it is what the end brought about.
-            target.fail(request, _why(error, target.session.name))
+            with contextlib.suppress(CalledOffError):
+                request.target.fail(request, _why(error, session.name))
     finally:
-        target.session.manager.close()
-        target.finish(request)
+        session.manager.close()
+        with contextlib.suppress(CalledOffError):
+            request.target.finish(request)
+
+
+def _prepare(
+    state: _State, gate: CallGate, request: Request, child: CaptureChild
+) -> Captured | None:
+    """Find what serves a call, then None, or capture it."""
+    with on_gpu(request.gpu):
+        if handover.is_served(request):
+            return None
+        request.session.manager.prestart()
+    state.doing = "capturing"
+    return _capture(state, gate, request, child)
 
 
 def _why(error: Exception, name: str) -> PrecastError | Reason:
@@ -234,7 +295,7 @@ def _why(error: Exception, name: str) -> PrecastError | Reason:
 
 
 def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> Captured:
-    session, owner = request.target.session, request.target.owner
+    session, owner = request.session, request.target.owner
     started = time.perf_counter()
     try:
         if request.call is None:
@@ -262,32 +323,28 @@ def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChil
 
 def _capture_here(state: _State, gate: CallGate, request: Request, problem: str) -> Captured:
     """Capture in this process, between two calls of the model."""
-    importlib.import_module("torch._dynamo")  # Seconds, in which calls are still served.
     target = request.target
-    held_up_s = 0.0
+    held: HeldUp | None = None
 
-    class Alone:
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
         """Around the trace alone: cutting and writing patch nothing."""
-
-        def __enter__(self) -> None:
-            self._shut = gate.alone(lambda: state.is_ended)
-            if not self._shut.__enter__():
-                self._shut.__exit__(None, None, None)
+        nonlocal held
+        with gate.alone(lambda: state.is_ended) as held:
+            if held is None:
                 raise CalledOffError
-            self._started = time.perf_counter()
+            yield
+        if state.is_ended:
+            raise CalledOffError
 
-        def __exit__(self, *error: Any) -> None:
-            nonlocal held_up_s
-            held_up_s = time.perf_counter() - self._started
-            self._shut.__exit__(None, None, None)
-
-    with request.ambient.around() as is_alike:
-        if not is_alike:
-            raise CaptureError(
-                target.session.name,
-                f"{problem}, and it is called in a state that no other thread can take on",
-            )
-        try:
+    def draw() -> Captured:
+        importlib.import_module("torch._dynamo")  # Seconds, in which calls are still served.
+        with request.ambient.around() as is_alike:
+            if not is_alike:
+                raise CaptureError(
+                    target.session.name,
+                    f"{problem}, and it is called in a state that no other thread can take on",
+                )
             return draw_call(
                 request.function,
                 target.owner,
@@ -296,25 +353,30 @@ def _capture_here(state: _State, gate: CallGate, request: Request, problem: str)
                 target.session.config,
                 target.session.passes,
                 target.session.name,
-                alone=Alone(),
+                alone=alone(),
             )
-        finally:
-            if held_up_s:
-                target.note(
-                    Reason(
-                        "capture-in-process",
-                        f"{problem}; it was captured in this process, which held calls up for "
-                        f"{held_up_s:.1f} s",
-                        "Define the model in a module of its own, to have a child process do it",
-                    )
+
+    try:
+        with state.tracing:
+            return draw()
+    finally:
+        if held is not None and not state.is_ended:
+            target.note(
+                Reason(
+                    "capture-in-process",
+                    f"{problem}; it was captured in this process, which held calls up for "
+                    f"{held.total_s:.1f} s, at most {held.longest_s:.1f} s at a time",
+                    "Define the model in a module of its own, to have a child process do it",
                 )
+            )
 
 
 class _Growth:
     """An assembly whose pieces land one by one.
 
     Until the first compiled one is there, calls run as they did. From then on the model runs
-    stitched, the pieces that are still missing as text.
+    stitched, the pieces that are still missing as text. Nothing here keeps the model: a job may
+    take for ever.
     """
 
     def __init__(self, state: _State, request: Request, captured: Captured) -> None:
@@ -323,7 +385,7 @@ class _Growth:
         self._blueprint: Blueprint = captured.blueprint
         self._results = [self._pending(piece) for piece in self._blueprint.pieces]
         self._eager_calls = [result.call for result in self._results]
-        self._loaded: LoadedAssembly | None = None
+        self._installed: weakref.ref[LoadedAssembly] | None = None
 
     def _pending(self, piece: Piece) -> PieceResult:
         self._give_way()
@@ -335,29 +397,41 @@ class _Growth:
         request, blueprint = self._request, self._blueprint
         if self._state.is_ended:
             raise CalledOffError
-        results = request.target.session.manager.compile(
+        results = request.session.manager.compile(
             blueprint.pieces,
             blueprint.names,
             order=blueprint.order_of_worth(),
             on_result=self._take,
+            is_wanted=lambda: not self._state.is_ended,
         )
         if self._state.is_ended:
             raise CalledOffError
         self._results = results
-        if self._loaded is None:
-            self._install()
-        assert self._loaded is not None
-        handover.complete(request, self._loaded, blueprint.assembly(results), results)
+        loaded = self._install() if self._installed is None else self._loaded
+        handover.complete(request, loaded, blueprint.assembly(results), results)
+
+    @property
+    def _loaded(self) -> LoadedAssembly:
+        """What serves as far as it has grown.
+
+        Raises:
+            CalledOffError: It was thrown away, perhaps with the model.
+        """
+        loaded = None if self._installed is None else self._installed()
+        if loaded is None:
+            raise CalledOffError
+        return loaded
 
     def _take(self, number: int, result: PieceResult) -> None:
         self._give_way()
         before = self._results[number]
         self._results[number] = result
-        if self._loaded is None:
+        if self._installed is None:
             if result.compiler != "eager":
                 self._install()
             return
-        self._try_out(self._loaded, [number])
+        loaded = self._loaded
+        self._try_out(loaded, [number])
         with no_collection():
             assembly = self._blueprint.assembly(self._results)
             if result.ranges and before.ranges != result.ranges:
@@ -365,18 +439,18 @@ class _Growth:
                 # them.
                 successor = open_assembly(
                     assembly,
-                    self._loaded.key,
+                    loaded.key,
                     self._slots(),
                     self._request.function,
-                    self._loaded.gpu,
+                    loaded.gpu,
                 )
-                handover.replace(self._request, self._loaded, successor)
-                self._loaded = successor
+                handover.replace(self._request, loaded, successor)
+                self._installed = weakref.ref(successor)
             else:
-                self._loaded.assembly = assembly
+                loaded.assembly = assembly
                 for index, (piece, name) in enumerate(self._blueprint.slots):
                     if piece == number:
-                        self._loaded.slots.swap(index, result.call, slot_of(name, result))
+                        loaded.slots.swap(index, result.call, slot_of(name, result))
         self._tell([number])
 
     def _give_way(self) -> None:
@@ -385,16 +459,18 @@ class _Growth:
         if self._state.is_ended:
             raise CalledOffError
 
-    def _install(self) -> None:
+    def _install(self) -> LoadedAssembly:
         request = self._request
         with no_collection():
             assembly = self._blueprint.assembly(self._results)
         self._give_way()
-        self._loaded = handover.open_for(request, assembly, self._slots(), self._blueprint.gpu)
+        loaded = handover.open_for(request, assembly, self._slots(), self._blueprint.gpu)
         everything = range(len(self._results))
-        self._try_out(self._loaded, everything)
-        handover.admit(request, self._loaded)
+        self._try_out(loaded, everything)
+        handover.admit(request, loaded)
+        self._installed = weakref.ref(loaded)
         self._tell(everything)
+        return loaded
 
     def _slots(self) -> SlotTable:
         return slot_table(self._blueprint.slots, self._results)
@@ -422,7 +498,7 @@ class _Growth:
                 run_once(piece, result.call, self._eager_calls[number], known)
 
     def _tell(self, numbers: Sequence[int]) -> None:
-        session = self._request.target.session
+        session = self._request.session
         is_eager = [result.compiler == "eager" for result in self._results]
         for index, (piece, _) in enumerate(self._blueprint.slots):
             if piece is not None and piece in numbers and not is_eager[piece]:

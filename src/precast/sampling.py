@@ -7,6 +7,7 @@ only if it shows again when both are run anew: weights may have been changed in 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dis
 import queue
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from precast.background.ambient import Ambient
+from precast.breakable import Breakable, BrokenOffError
 from precast.compilers.verify import TOLERANCES
 
 #: Times a piece's tolerance: a model is many pieces, each of which may be that far from eager.
@@ -55,6 +57,7 @@ class Sampler:
         self._num_calls = 0
         self._samples: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
+        self._breakable = Breakable()
         self.num_checked = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,28 +81,47 @@ class Sampler:
         self._ensure_thread()
 
     def _ensure_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(
-                target=self._check_all, name="precast-sample", daemon=True
-            )
+        if self._breakable.is_over or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._breakable = breakable = Breakable()  # One for each thread: a fork's has its own.
+        self._thread = threading.Thread(
+            target=self._check_all, args=(breakable,), name="precast-sample", daemon=True
+        )
+        atexit.register(breakable.break_off)
+        with contextlib.suppress(RuntimeError):  # The process is about to end.
             self._thread.start()
 
-    def _check_all(self) -> None:
-        while True:
-            try:
-                # A thread of a model that is called no more ends.
-                (args, kwargs), result, ambient, marks = self._samples.get(timeout=5.0)
-            except queue.Empty:
-                return
-            for mark in marks:
-                mark.synchronize()
-            with ambient.around() as is_alike:
-                if is_alike and (problem := self._check(args, kwargs, result)):
-                    self._report(problem)
-                    return
-            self.num_checked += 1
-            del args, kwargs, result
-            threading.Event().wait(_PAUSE_S)
+    def _check_all(self, breakable: Breakable) -> None:
+        try:
+            while self._check_next(breakable):
+                threading.Event().wait(_PAUSE_S)
+        except BrokenOffError:
+            pass
+        finally:
+            atexit.unregister(breakable.break_off)
+
+    def _check_next(self, breakable: Breakable) -> bool:
+        """Wait for a sample and check it; False: there is none, or no need of another one."""
+        try:
+            # A thread of a model that is called no more ends.
+            sample = self._samples.get(timeout=5.0)
+        except queue.Empty:
+            return False
+        with breakable:
+            problem = self._check_sample(*sample)
+            del sample  # Letting go of tensors is C++ too.
+        if problem:
+            self._report(problem)
+            return False
+        self.num_checked += 1
+        return True
+
+    def _check_sample(self, inputs: Any, result: Any, ambient: Ambient, marks: Any) -> str | None:
+        for mark in marks:
+            mark.synchronize()
+        args, kwargs = inputs
+        with ambient.around() as is_alike:
+            return self._check(args, kwargs, result) if is_alike else None
 
     def _check(self, args: Any, kwargs: Any, result: Any) -> str | None:
         """Return how compiled code is wrong; None where it is not, or nobody can say."""

@@ -299,6 +299,19 @@ class Hanging(Filed):
         raise AssertionError
 
 
+class HangingLater(Filed):
+    """Compiles one piece in each process, and never comes to an end with the next."""
+
+    name = "hanging_later"
+    num_compiled = 0
+
+    def compile(self, piece: Any, directory: str) -> CompiledPiece:
+        if type(self).num_compiled:
+            time.sleep(600)
+        type(self).num_compiled += 1
+        return super().compile(piece, directory)
+
+
 class Narrow(Filed):
     """Compiles for sizes up to eight only, pieces without a norm for sizes up to six."""
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 import precast
+from precast import progressive
 from precast.events import Event, SlotSwapped
 from system.conftest import ROOT
 from system.models import (
     Block,
     Filed,
     Hanging,
+    HangingLater,
     Narrow,
     Raising,
     assert_same,
@@ -299,6 +302,38 @@ def test_release_during_a_compile_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(folder.iterdir()) == []
 
 
+def test_release_during_a_trace_in_this_process_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls after it go past the gate; what was traced is not cut and written any more."""
+    happened: list[str] = []
+    state: Any = None
+
+    def trace(*_: Any, alone: Any) -> None:
+        with alone:
+            happened.append("began")
+            while not state.is_ended:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            happened.append("traced")
+        happened.append("drawn")
+
+    monkeypatch.setattr(progressive, "draw_call", trace)
+    monkeypatch.setattr(progressive, "_RELEASE_S", 0.0)
+    model, _ = serve(make_local(), tmp_path)
+    state = model._compiled_call_impl.compiled._behind._state
+    model(torch.randn(3, 8))
+    deadline = time.monotonic() + 60
+    while not happened:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    precast.release(model)
+    happened.append("released")
+    assert happened == ["began", "traced", "released"]
+    state.thread.join(20)
+    assert not state.thread.is_alive()
+
+
 def _all_gone(pids: set[int]) -> bool:
     """The `ps` that listed them is one itself."""
     time.sleep(0.2)
@@ -346,6 +381,57 @@ def test_an_exit_leaves_nothing_behind(stage: str, tmp_path: Path) -> None:
         time.sleep(0.1)
     assert left == []
     assert list(folder.iterdir()) == []
+
+
+_EXIT_INSIDE = """
+import sys, threading, time, torch, precast
+from precast import progressive
+from precast.sampling import Sampler
+from system.models import Filed, compiled, make_net
+inside = {}
+
+def work_for_ever(*args, **kwargs):
+    x = torch.ones(256, 256)
+    while True:
+        try:
+            inside[threading.current_thread().name] = x @ x
+        except Exception:
+            pass
+
+progressive.draw_call = work_for_ever
+model = make_net()
+model.lock = threading.Lock()  # It cannot be sent.
+model, _ = compiled(model, sys.argv[1], compiler=Filed(), mode="progressive", on_error="eager")
+sampler = Sampler(lambda x: x, work_for_ever, 1, print)
+with torch.no_grad():
+    model(torch.ones(3, 8))
+    sampler(torch.ones(3))
+deadline = time.monotonic() + 60
+while len(inside) < 2:
+    assert time.monotonic() < deadline, inside
+    time.sleep(0.01)
+if sys.argv[2] == "released":
+    progressive._RELEASE_TRACING_S = progressive._RELEASE_S = 0.1
+    precast.release(model)
+print(*sorted(inside))
+"""
+
+
+@pytest.mark.parametrize("when", ["serving", "released"])
+def test_an_exit_breaks_off_what_traces_and_what_checks(when: str, tmp_path: Path) -> None:
+    """In the middle of torch's code, where the end of a thread would abort the process."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", _EXIT_INSIDE, str(tmp_path / "cache"), when],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["precast-behind", "precast-sample"]
+    assert "Traceback" not in done.stderr
 
 
 def _marked(mark: str) -> list[int]:
@@ -602,6 +688,29 @@ def test_a_model_that_is_gone_leaves_no_thread(tmp_path: Path) -> None:
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "stage"), [(Hanging(), "CompileStarted"), (HangingLater(), "SlotSwapped")]
+)
+def test_a_model_that_is_gone_is_not_compiled(compiler: Any, stage: str, tmp_path: Path) -> None:
+    """Neither its weights nor its workers outlive it, also where a first piece serves already."""
+    before = children()
+    model, events = serve(make_local(), tmp_path, compiler=compiler, compile_threads=1)
+    thread = model._compiled_call_impl.compiled._behind._state.thread
+    model(torch.randn(3, 8))
+    wait_for(events, stage)
+    weight = weakref.ref(model.last.weight)
+    del model
+    deadline = time.monotonic() + 60
+    while weight() is not None:  # The thread is between two steps soon.
+        assert time.monotonic() < deadline
+        gc.collect()
+        time.sleep(0.02)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert _all_gone(children() - before)
+    assert "ModelReady" not in names(events)
 
 
 @pytest.mark.parametrize("surroundings", ["device", "vmap", "trace"])

@@ -149,8 +149,8 @@ class Turns:
                         running[task.start(miss)] = miss
                 pause = waiting.next_pause()
                 if running:
-                    limit = pause if waiting_for else None
-                    for future in wait(running, timeout=limit, return_when=FIRST_COMPLETED).done:
+                    # Not for ever: nobody may wait for the results any more.
+                    for future in wait(running, timeout=pause, return_when=FIRST_COMPLETED).done:
                         miss = running.pop(future)
                         task.finish(miss, future, partial(leases.still_holds, miss.work))
                         leases.release(miss.work)

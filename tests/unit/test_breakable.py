@@ -1,0 +1,96 @@
+"""Work is broken off where it stands, and nothing else is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from precast.breakable import Breakable, BrokenOffError
+
+
+def run(breakable: Breakable, work: Callable[[], None]) -> tuple[threading.Thread, list[str]]:
+    """Do some work in a thread, again and again; return when it has begun."""
+    said: list[str] = []
+    has_begun = threading.Event()
+
+    def serve() -> None:
+        try:
+            while True:
+                with breakable:
+                    has_begun.set()
+                    work()
+                    said.append("did it")
+        except BrokenOffError:
+            said.append("broken off")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert has_begun.wait(20)
+    return thread, said
+
+
+def work_for_ever() -> None:
+    while True:
+        time.sleep(0.001)
+
+
+def test_work_is_broken_off() -> None:
+    breakable = Breakable()
+    thread, said = run(breakable, work_for_ever)
+    assert breakable.is_inside
+    breakable.break_off()
+    thread.join(20)
+    assert said == ["broken off"]
+    assert breakable.is_over
+    assert not breakable.is_inside
+
+
+def test_who_catches_everything_is_asked_again() -> None:
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        while len(caught) < 2:
+            try:
+                work_for_ever()
+            except BaseException as error:  # noqa: BLE001 - as some tracers do.
+                caught.append(error)
+        work_for_ever()
+
+    breakable = Breakable()
+    thread, said = run(breakable, work)
+    breakable.break_off()
+    thread.join(20)
+    assert said == ["broken off"]
+    assert len(caught) == 2
+
+
+def test_nothing_is_begun_afterwards() -> None:
+    breakable = Breakable()
+    breakable.break_off()
+    with pytest.raises(BrokenOffError), breakable:
+        raise AssertionError
+
+
+def test_what_never_stops_is_not_waited_for() -> None:
+    breakable, leave = Breakable(), threading.Event()
+    thread, _ = run(breakable, lambda: leave.wait() and None)  # One long step, in C.
+    breakable.break_off(patience_s=0)
+    assert breakable.is_inside
+    leave.set()
+    thread.join(20)
+
+
+def test_a_fork_breaks_nothing_off() -> None:
+    """The thread is its parent's."""
+    breakable = Breakable()
+    thread, said = run(breakable, work_for_ever)
+    breakable._pid += 1  # As if this were another process.
+    breakable.break_off()
+    assert thread.is_alive()
+    breakable._pid -= 1
+    breakable.break_off()
+    thread.join(20)
+    assert said == ["broken off"]
