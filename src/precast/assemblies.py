@@ -8,9 +8,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import Assembly, Bound, LoadedAssembly, open_assembly
+from precast.binding import what_differs
 from precast.candidates import Candidates
 from precast.describe import emit_start
 from precast.errors import CaptureError, Reason
@@ -149,7 +151,7 @@ class Assemblies:
         if isinstance(bound, Reason):
             self._session.emit(AssemblyRejected(self._session.name, loaded.key, bound))
             return bound
-        self.tie(loaded, bound)
+        self.tie(loaded, bound, function)
         return None
 
     def is_new(self, key: str) -> bool:
@@ -179,17 +181,17 @@ class Assemblies:
         bound = loaded.bind(function, self._owner)
         if isinstance(bound, Reason):
             raise CaptureError(
-                self._session.name, f"its contract does not hold at once: {bound.message}"
+                self._session.name, f"its contract does not hold at once: {what_differs(bound)}"
             )
-        self.tie(loaded, bound)
+        self.tie(loaded, bound, function)
 
     def rename(self, loaded: LoadedAssembly, key: str) -> None:
         """Give a loaded assembly that has changed the name by which it will be found again."""
         known = self._known() - {loaded.key}
         loaded.key = self._candidates.free_name(key, known, loaded.assembly)
 
-    def tie(self, loaded: LoadedAssembly, bound: Bound) -> None:
-        """Let a loaded assembly run as it is bound now."""
+    def tie(self, loaded: LoadedAssembly, bound: Bound, function: types.FunctionType) -> None:
+        """Let a loaded assembly run as it is bound now, to serve a function."""
         if self._session.config.verify == "sample":
             from precast.sampling import Sampler, why_not_sampled
 
@@ -199,7 +201,7 @@ class Assemblies:
                     bound.entry,
                     self._run_eager,
                     self._session.config.verify_every,
-                    lambda problem: self._refute(loaded, problem),
+                    partial(self._refute, loaded, function),
                 )
         loaded.bound = bound
 
@@ -257,20 +259,60 @@ class Assemblies:
         """Let none serve any more."""
         self._dispatcher.loaded = ()
 
-    def _refute(self, loaded: LoadedAssembly, problem: str) -> None:
-        """Use an assembly no more that was found to be wrong in service, nor one like it."""
-        reason = Reason(
-            "verify-mismatch",
-            f"a call in service was checked: {problem}; the assembly was thrown away and the "
-            "model runs eager",
-            "Report it, with the model; precast.release and compile again to go on",
-        )
+    def why_refuted(self, key: str) -> Reason | None:
+        """Return why a call's kind is not compiled: what was made of it was wrong, in service."""
+        failures = self._session.manager.failures
+        failure = failures.recall(key)
+        if failure is None or failure["reason"]["code"] != "verify-mismatch":
+            return None
+        return failures.explain(failure)
+
+    def _refute(
+        self,
+        loaded: LoadedAssembly,
+        function: types.FunctionType,
+        problem: str,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        """Use an assembly no more that was found to be wrong in service, nor what made it so.
+
+        The pieces at fault are thrown out. Where none can be found, all are, and calls of its kind
+        run eager for as long as failures are remembered.
+        """
+        from precast.blame import find_wrong_pieces, throw_all_out, throw_out
+
         with self.lock:
             if loaded not in self.loaded:
                 return
             self._remove_key(loaded.key)
             self._on_wrong()
-        self._session.storage.discard(loaded.key)
+        session, key = self._session, loaded.key.rpartition("-")[0]
+        failures = session.manager.failures
+        message = f"a call in service was checked: {problem}; "
+        reason = Reason(
+            "verify-mismatch",
+            f"{message}the assembly was thrown away and the model runs eager",
+            "Report it, with the model",
+        )
+        session.storage.discard(loaded.key)
+        # At once: the process may end while the pieces are looked at.
+        failures.remember(key, reason, (reason.code,))
+        try:
+            wrong = find_wrong_pieces(session, loaded, function, args, kwargs)
+        except Exception:  # noqa: BLE001 - out of memory, say: then nobody knows.
+            wrong = {}
+        if wrong:
+            throw_out(session, loaded, wrong)
+            failures.forget(key)
+            names = {number: name for number, name in reversed(loaded.assembly.slots)}
+            reason = reason.replace(
+                message=f"{message}{', '.join(names[i] for i in wrong)} is at fault and was thrown "
+                "away with the assembly; the model runs eager",
+                remedy="Report it, with the piece's text; a new start compiles all else",
+            )
+        else:
+            throw_all_out(session, loaded)
         self._note(reason)
 
     def _throw_away(self, loaded: LoadedAssembly) -> None:

@@ -133,6 +133,11 @@ def bind(
         )
 
 
+def what_differs(reason: Reason) -> str:
+    """Return what a reason for not binding says, without what is done about it."""
+    return reason.message.partition("; the model is captured again")[0]
+
+
 class Mismatch(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
     """Something that the contract asks for does not hold; the text says what."""
 

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     import torch
 
     from precast.config import CompilationConfig
-    from precast.graph.canonical import WrittenPiece
+    from precast.graph.canonical import CannotWrite, WrittenPiece
     from precast.graph.piece import Piece, SymbolRange
     from precast.split.build import PieceCall, StitchGraph
     from precast.stitch import ExecutionCode
 
 #: Whether the weights of these names may become views of one tensor; of one, with any others.
 MayPack = Callable[[Sequence[str]], bool]
+
+
+# In which single operators are left out of a piece that has no text; then the piece goes whole.
+_MOST_ROUNDS = 3
 
 
 class Drawing:
@@ -188,6 +192,8 @@ def cut_and_write(
     weights = [*weights, *changes.packs]
     rule = _choose_rule(graph_module, config)
     refused: dict[str, str] = {}
+    _tell_unsupported(graph_module, emit, name)
+    num_rounds = 0
     while True:
         plan = make_plan(graph_module, _WithNative(rule, refused))
         stitched = build_stitch(graph_module, plan, weights)
@@ -196,6 +202,10 @@ def cut_and_write(
             return stitched, written, plan.rule, changes
         # What has no text runs as it is, between the pieces. Ends: each round refuses more.
         for call, problem in problems:
+            inside = plan.partitions[call.index].nodes
+            at_fault = [node for node in problem.nodes if node in inside]
+            if not at_fault or num_rounds >= _MOST_ROUNDS:
+                at_fault = list(inside)
             emit(
                 FellBack(
                     name,
@@ -207,7 +217,23 @@ def cut_and_write(
                     ),
                 )
             )
-            refused.update(dict.fromkeys(plan.partitions[call.index].nodes, "op-unsupported"))
+            refused.update(dict.fromkeys(at_fault, "op-unsupported"))
+        num_rounds += 1
+
+
+def _tell_unsupported(graph_module: torch.fx.GraphModule, emit: Emit, name: str) -> None:
+    """Tell which operators run natively since no compiler takes what they compute with."""
+    from precast.split.nodes import short_name, unsupported_nodes
+
+    operators = sorted({short_name(node) for node in unsupported_nodes(graph_module.graph)})
+    if operators:
+        reason = Reason(
+            "op-unsupported",
+            f"{', '.join(operators)}: no compiler takes quantized, sparse or nested tensors; it "
+            "runs natively, between the pieces",
+            "Nothing to do for a right result",
+        )
+        emit(FellBack(name, None, reason))
 
 
 def pack_nothing(names: Sequence[str]) -> bool:
@@ -307,11 +333,11 @@ def _write_all(
     stitched: StitchGraph,
     ranges: Mapping[str, SymbolRange],
     autocasts: Sequence[Sequence[str]],
-) -> tuple[dict[int, WrittenPiece], list[tuple[PieceCall, str]]]:
+) -> tuple[dict[int, WrittenPiece], list[tuple[PieceCall, CannotWrite]]]:
     from precast.graph.canonical import CannotWrite, write_piece
 
     written: dict[int, WrittenPiece] = {}
-    problems: list[tuple[PieceCall, str]] = []
+    problems: list[tuple[PieceCall, CannotWrite]] = []
     for call in stitched.pieces:
         try:
             piece = write_piece(
@@ -321,7 +347,7 @@ def _write_all(
                 autocast=_autocast_of(autocasts),
             )
         except CannotWrite as problem:
-            problems.append((call, str(problem)))
+            problems.append((call, problem))
         else:
             written[call.index] = piece
     return written, problems

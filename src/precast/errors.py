@@ -28,7 +28,7 @@ REASON_CODES: dict[str, str] = {
     "split-failed": "no cut plan satisfies the rule",
     "pass-failed": "a graph pass failed or broke an invariant and is left out",
     "foreign-op": "an operator of another library runs natively between pieces",
-    "op-unsupported": "an operator has no lowering and runs natively",
+    "op-unsupported": "no compiler takes an operator, or it has no text, and it runs natively",
     "compile-pending": "the piece is still being compiled",
     "compile-failed": "a compiler refused a piece",
     "compile-crashed": "a compile worker died of a signal or ended without an answer",
@@ -39,7 +39,7 @@ REASON_CODES: dict[str, str] = {
     # Keeping and finding it.
     "tier-failed": "a cache tier could not be read or written",
     "artifact-corrupt": "stored bytes are not what they should be",
-    "artifact-incompatible": "stored code is for another machine or version",
+    "artifact-incompatible": "code is for another machine or version, or cannot be opened here",
     "untrusted": "stored code is not signed by a trusted key, or lies where others can write",
     "stale-assembly": "the stored assembly is no longer right for this model",
     "cache-disabled": "caching is switched off, so nothing is found and nothing kept",
@@ -153,6 +153,10 @@ class CaptureError(PrecastError):
         self.problem = problem
         self.location = location
         self.summary = f"{model} could not be captured as a graph: {problem}"
+
+
+class TracedCodeRaisedError(CaptureError):
+    """The model's own code raised while it was traced: what it reads may be missing there."""
 
 
 class SplitError(PrecastError):
@@ -288,6 +292,20 @@ class ArtifactIncompatibleError(ArtifactError):
         self.args = (path, needs, has)
         self.needs = needs
         self.has = has
+
+
+class ArtifactUnopenedError(ArtifactError):
+    """The bytes are sound, and yet `compiler` cannot open them in this process."""
+
+    code = "artifact-incompatible"
+    outcome = "the piece is compiled again, or runs eager"
+    remedy = "Read the message: a worker process could open it, and this one differs"
+
+    def __init__(self, compiler: str, problem: str) -> None:
+        super().__init__(f"of {compiler}", problem)
+        self.args = (compiler, problem)
+        self.compiler = compiler
+        self.summary = f"code of {compiler} cannot be opened in this process: {problem}"
 
 
 class BundleError(PrecastError):

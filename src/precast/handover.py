@@ -24,7 +24,7 @@ def is_served(request: Request) -> bool:
     """Whether no compile is needed for a call like the one that asked.
 
     By what was loaded meanwhile, by what is stored, which is loaded now, or because enough is
-    compiled already.
+    compiled already, or what was compiled for such calls was found to be wrong.
     """
     if _is_covered(request):
         return True
@@ -36,7 +36,11 @@ def is_served(request: Request) -> bool:
             key, target.function, args, kwargs, request.started, request.gpu
         ):
             return True
+    refuted = target.assemblies.why_refuted(key)
     with target.assemblies.lock:
+        if refuted is not None:
+            target.why_eager.give_up(request.signature, refuted)
+            return True
         return target.is_full(request.signature)
 
 
@@ -72,7 +76,7 @@ def replace(request: Request, loaded: LoadedAssembly, successor: LoadedAssembly)
     assemblies = request.target.assemblies
     bound = successor.bound_as(loaded, request.function)
     if bound is not None:
-        assemblies.tie(successor, bound)
+        assemblies.tie(successor, bound, request.function)
     assemblies.replace(loaded, successor)
 
 

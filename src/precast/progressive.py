@@ -1,7 +1,8 @@
 """Compiling behind a model that serves: calls run eager meanwhile, and pieces are swapped in.
 
 One `BackgroundCompiler` serves one model with all its blocks. Its thread has a call captured (in a
-child process; in this one, between two calls, only where the model cannot be sent), has the pieces
+child process; in this one, between two calls, only where the model cannot be sent, or is not the
+same there), has the pieces
 compiled in workers, those of most use first, and fills the slots of an assembly as each is there.
 It never traces while a call runs, and never compiles. How an assembly comes to serve is
 `handover.py`'s business, when a call is worth compiling `serving.py`'s.
@@ -33,9 +34,11 @@ from precast.background.capture import (
 )
 from precast.background.skeleton import CannotSendError, hollow
 from precast.behind import NAME, give_way, work_behind
+from precast.binding import bind, what_differs
 from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.breakable import Breakable, BrokenOffError
-from precast.errors import CaptureError, PrecastError, Reason, in_words
+from precast.contract import Contract
+from precast.errors import CaptureError, PrecastError, Reason, TracedCodeRaisedError, in_words
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
 from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
@@ -54,6 +57,12 @@ if TYPE_CHECKING:
 _EXIT_S = 0.8
 _RELEASE_S = 2.0
 _RELEASE_TRACING_S = 60.0
+
+_DEFINE = "Define the model in a module of its own, to have a child process do it"
+_SET_STATE = (
+    "Have what it reads (module globals, registries, operators) set where its module is imported, "
+    "to have a child process do it"
+)
 
 
 class Request:
@@ -309,8 +318,16 @@ def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChil
             request.ambient,
             session.name,
         )
+        differs = _what_differs_here(request, captured.blueprint)
+        if differs is not None:
+            why = f"a child process captured it in another state ({differs})"
+            captured = _capture_here(state, gate, request, why, _SET_STATE)
     except CannotSendError as problem:
-        captured = _capture_here(state, gate, request, str(problem))
+        captured = _capture_here(state, gate, request, str(problem), _DEFINE)
+    except TracedCodeRaisedError as error:
+        # The same call has just run here: there is something that the child does not have.
+        why = f"in a child process {error.problem}"
+        captured = _capture_here(state, gate, request, why, _SET_STATE)
     blueprint = captured.blueprint
     seconds = time.perf_counter() - started
     session.emit(CaptureFinished(session.name, seconds, blueprint.num_nodes, blueprint.num_guards))
@@ -321,7 +338,20 @@ def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChil
     return captured
 
 
-def _capture_here(state: _State, gate: CallGate, request: Request, problem: str) -> Captured:
+def _what_differs_here(request: Request, blueprint: Blueprint) -> str | None:
+    """Return what a child found otherwise than it is in this process; None: nothing, or unknown."""
+    give_way()
+    with request.ambient.around() as is_alike, on_gpu(blueprint.gpu), no_collection():
+        if not is_alike:
+            return None
+        contract = Contract.from_json(blueprint.contract)
+        found = bind(contract, request.function, request.target.owner, gpu=blueprint.gpu)
+    return what_differs(found) if isinstance(found, Reason) else None
+
+
+def _capture_here(
+    state: _State, gate: CallGate, request: Request, problem: str, remedy: str
+) -> Captured:
     """Capture in this process, between two calls of the model."""
     target = request.target
     held: HeldUp | None = None
@@ -366,7 +396,7 @@ def _capture_here(state: _State, gate: CallGate, request: Request, problem: str)
                     "capture-in-process",
                     f"{problem}; it was captured in this process, which held calls up for "
                     f"{held.total_s:.1f} s, at most {held.longest_s:.1f} s at a time",
-                    "Define the model in a module of its own, to have a child process do it",
+                    remedy,
                 )
             )
 

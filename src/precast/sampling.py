@@ -40,7 +40,7 @@ class Sampler:
         entry: Callable[..., Any],
         eager: Callable[..., Any],
         every: int,
-        report: Callable[[str], None],
+        report: Callable[[str, Any, Any], None],
     ) -> None:
         """Check nothing yet.
 
@@ -48,7 +48,8 @@ class Sampler:
             entry: The compiled call.
             eager: The same, eager; takes the same arguments.
             every: One call in so many is checked.
-            report: Told of a call that compiled code gets wrong, from another thread.
+            report: Told how compiled code gets a call wrong, and of its args and kwargs, from
+                another thread.
         """
         self._entry = entry
         self._eager = eager
@@ -109,9 +110,10 @@ class Sampler:
             return False
         with breakable:
             problem = self._check_sample(*sample)
+            if problem:
+                self._report(problem, *sample[0])
             del sample  # Letting go of tensors is C++ too.
         if problem:
-            self._report(problem)
             return False
         self.num_checked += 1
         return True

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
+from precast.binding import bind, what_differs
 from precast.capture.fingerprint import like_example
-from precast.errors import PrecastError
+from precast.contract import Contract
+from precast.errors import PrecastError, Reason
 from precast.events import AssemblyRevalidated
 from precast.session import Session
 
@@ -77,7 +79,7 @@ class SecondLook:
 
         started = time.perf_counter()
         try:
-            texts = texts_of_call(
+            texts, _ = texts_of_call(
                 function,
                 owner,
                 *alike,
@@ -132,7 +134,7 @@ class SecondLook:
         self._call_off.append(child.end)
         started = time.perf_counter()
         try:
-            texts = child.texts(
+            texts, contract = child.texts(
                 dump_model(function, owner),
                 dump_call(args, kwargs),
                 self._session.config,
@@ -147,6 +149,13 @@ class SecondLook:
             return None
         finally:
             self._call_off.remove(child.end)
+        with ambient.around() as is_alike:
+            bound = None
+            if is_alike and contract is not None:
+                bound = bind(Contract.from_json(contract), function, owner, gpu=loaded.gpu)
+        if isinstance(bound, Reason):
+            self.why_not = f"a child process is in another state ({what_differs(bound)})"
+            return None
         return self._take_verdict(loaded, texts, time.perf_counter() - started)
 
     def _take_verdict(self, loaded: LoadedAssembly, texts: set[str], seconds: float) -> bool:

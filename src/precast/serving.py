@@ -295,6 +295,10 @@ class CompiledModel:
             return None
         if self.is_full(signature):
             return None
+        refuted = self.assemblies.why_refuted(key)
+        if refuted is not None:
+            self.why_eager.give_up(signature, refuted)
+            return None
         if self.assemblies.loaded:
             self._report_outside(args, kwargs)
         try:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from precast.cache.trust import is_unsigned
-from precast.errors import PrecastError, Reason
+from precast.errors import ArtifactUnopenedError, PrecastError, Reason, in_words
 from precast.events import ArtifactRefused, Emit, PieceLoaded, PieceTimed
 
 if TYPE_CHECKING:
     from precast.cache import CacheLoader, CacheStorage
     from precast.cache.scratch import OwnFolder
     from precast.compilers.chosen import ChosenCompilers
-    from precast.compilers.interface import CompiledCallable
+    from precast.compilers.interface import CompiledCallable, CompilerInterface
     from precast.compilers.job import JobResult
     from precast.graph.key import Key
     from precast.graph.piece import Piece
@@ -73,6 +73,8 @@ class StoredPieces:
             record = _record_of(key.digest, manifest)
             try:
                 call = self.load(record, name=name) if record is not None else None
+            except ArtifactUnopenedError:
+                continue  # Here it is a miss; others may open it.
             except PrecastError as error:
                 # Sound bytes that do not load here are of no use to anybody: compile again.
                 self._storage.quarantine(key.digest, error.reason)
@@ -138,7 +140,7 @@ class StoredPieces:
         paths = self._loader.files(files) if files else {}
         if paths is None:
             return None
-        call = compiler.load(record["details"], paths, None)
+        call = _open(compiler, record["details"], paths)
         self._emit(
             PieceLoaded(
                 name, record["key"], "cache", self._clock() - started, record.get("seconds", 0.0)
@@ -184,6 +186,9 @@ class StoredPieces:
         """Return what a worker compiled and no tier could keep (a full disk, say).
 
         Its files are copied to a folder that lives as long as this process.
+
+        Raises:
+            PrecastError: They cannot be loaded here.
         """
         import shutil
         from pathlib import Path
@@ -193,12 +198,41 @@ class StoredPieces:
         self._unsaved.append(OwnFolder("kept"))
         folder = Path(self._unsaved[-1].make())
         files = {name: shutil.copy(path, str(folder / name)) for name, path in done.files.items()}
-        return self._compilers.make(compiler_name).load(done.details, files, None)
+        return _open(self._compilers.make(compiler_name), done.details, files)
+
+    def discard(self, record: Mapping[str, Any], *, with_code: bool) -> None:
+        """Forget what a record stands for, and the parts that it has, in each tier.
+
+        Args:
+            record: Of an artifact; of an eager piece there is nothing to forget.
+            with_code: Remove the code too: whatever else names it must not run it.
+        """
+        for part in record.get("details", {}).get("records", ()):
+            self.discard(part, with_code=with_code)
+        if "key" not in record:
+            return
+        self._storage.discard(record["key"])
+        if with_code:
+            files, entry = record["files"], record["details"].get("entry")
+            # Files beside the code proper may be those of right pieces as well.
+            self._storage.discard_blobs([files[entry]] if entry in files else files.values())
 
     def remove_unsaved(self) -> None:
         """Remove the files that no tier took; what was loaded from there stays loaded."""
         while self._unsaved:
             self._unsaved.pop().close()
+
+
+def _open(
+    compiler: CompilerInterface, details: Mapping[str, Any], paths: Mapping[str, str]
+) -> CompiledCallable:
+    try:
+        return compiler.load(details, paths, None)
+    except PrecastError:
+        raise
+    except Exception as error:
+        # A compiler is somebody else's code, and so is the system's loader: they raise anything.
+        raise ArtifactUnopenedError(compiler.name, in_words(error)) from error
 
 
 def _record_of(key: str, manifest: Mapping[str, Any]) -> dict[str, Any] | None:

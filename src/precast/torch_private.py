@@ -8,6 +8,7 @@ nothing: torch, Dynamo and Inductor are imported inside of the functions that ne
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,6 +115,19 @@ class RawCapture:
     sizes_strides: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]
     arguments: list[str]  # Names of the placeholders that the bytecode passes, in order.
     shape_env: Any
+
+
+def raised_while_traced(error: Exception) -> str | None:
+    """Return what traced code raised, where that is why Dynamo gave up; None: it is not."""
+    # torch:    2.11 to 2.13
+    # replaces: nothing public: the exception is an `Unsupported` like that of any graph break
+    # upstream: the first line names the kind of graph break, the debug context the exception
+    # goes:     when Dynamo chains the exception itself
+    text = str(error)
+    if not text.startswith("Observed exception"):
+        return None
+    found = re.search(r"raised exception (.+)", text)
+    return "an exception" if found is None else found[1]
 
 
 def capture_full_graph(

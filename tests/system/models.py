@@ -129,6 +129,39 @@ def make_net(**settings: Any) -> Net:
     return Net(**settings).eval()
 
 
+class OfItsProcess(nn.Module):
+    """Reads what the process sets, as `what` says."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x)
+        if self.what == "flag":
+            return torch.sin(h) if FLAGS["wide"] else torch.cos(h)
+        return torch.ops.of_main.twice(h).relu()
+
+
+def make_of_its_process(what: str) -> OfItsProcess:
+    torch.manual_seed(0)
+    return OfItsProcess(what).eval()
+
+
+class Broken(nn.Module):
+    """Breaks the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x)
+        torch._dynamo.graph_break()
+        return self.linear(h)
+
+
 class Pair(NamedTuple):
     """What `PairNet` returns."""
 

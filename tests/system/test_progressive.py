@@ -26,6 +26,7 @@ from precast.events import Event, SlotSwapped
 from system.conftest import ROOT
 from system.models import (
     Block,
+    Broken,
     Filed,
     Hanging,
     HangingLater,
@@ -738,3 +739,70 @@ def test_setting_up_takes_nothing_from_its_surroundings(tmp_path: Path, surround
         assert len(made) == 1
     finally:
         precast.release(model)
+
+
+_OF_MAIN = """
+import sys, torch, precast
+from system import models
+from system.models import compiled, make_of_its_process, names
+
+library = torch.library.Library("of_main", "DEF")
+library.define("twice(Tensor x) -> Tensor")
+for key in ("CPU", "Meta"):
+    library.impl("twice", lambda x: x * 2, key)
+models.FLAGS["wide"] = sys.argv[2] != "flag"
+x = torch.ones(3, 8)
+with torch.no_grad():
+    for start in ("cold", "warm"):
+        model, events = compiled(
+            make_of_its_process(sys.argv[2]), sys.argv[1], compiler=models.Filed(),
+            on_error="eager", mode="progressive", keep_slower=True, revalidate=sys.argv[3],
+        )
+        expected = model.forward(x)
+        for _ in range(2):
+            assert torch.equal(model(x), expected)
+            assert precast.wait(model, 120)
+        status = precast.status(model)
+        [assembly] = status["assemblies"]
+        assert {p["compiler"] for p in assembly["pieces"]} == {"filed"}, status
+        reasons = [(reason["code"], reason["message"]) for reason in status["reasons"]]
+        if start == "cold":
+            [(code, message)] = reasons
+            assert code == "capture-in-process", reasons
+            print(message)
+            precast.release(model)
+    assert reasons == [], reasons
+    assert "CaptureFinished" not in names(events)
+    print(status["not_revalidated"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("flag", "another state (FLAGS['wide'] is False"),
+        ("operator", "AttributeError"),
+    ],
+)
+def test_what_only_this_process_has_is_captured_in_it(
+    what: str, says: str, tmp_path: Path, run_python: Any
+) -> None:
+    """
+    What a module global says by now, or an operator of the main script. The next start is warm,
+    and a second look, which a child takes too, gives no verdict.
+    """
+    revalidate = "always" if what == "flag" else "never"
+    message, not_looked = run_python(_OF_MAIN, tmp_path, what, revalidate).splitlines()
+    assert says in message
+    assert "held calls up for" in message
+    if what == "flag":
+        assert "another state" in not_looked
+
+
+def test_a_graph_break_is_not_tried_a_second_time(tmp_path: Path) -> None:
+    """Whatever its process, it breaks: calls are not held up for it."""
+    model, _ = serve(Broken(), tmp_path)
+    model(torch.ones(3, 8))
+    assert precast.wait(model, 120)
+    assert codes(model)[0] == "capture-failed"
+    assert "capture-in-process" not in codes(model)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from precast import manager
+from precast.compilers.interface import CompiledPiece
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import CompileError, CompileTimeoutError
 from precast.events import PieceCompiled, PieceFailed, PieceLoaded, PieceMissed, PieceTimed
 from precast.graph.piece import Piece
+from precast.piece_result import PieceResult
 from unit.compilers.example_pieces import TINY
 from unit.planted_manager import HereService, Planted, Setup, X
 
@@ -81,6 +83,53 @@ def test_on_error_raise_raises(tmp_path: Path) -> None:
     answer = CompileTimeoutError("tiny", "planted", 3.0)
     with pytest.raises(CompileError, match="tiny"):
         Setup(tmp_path, Planted(), answer, on_error="raise").manager.compile([TINY], ["tiny"])
+
+
+class OpensSome(Planted):
+    """Its code of pieces that add cannot be opened, by `error`."""
+
+    def __init__(self, error: type[Exception] | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def compile(self, piece: Piece, directory: str) -> CompiledPiece:
+        made = super().compile(piece, directory)
+        return CompiledPiece(made.files, {"adds": "other" in piece.text})
+
+    def load(self, details: Any, files: Any, piece: Piece | None) -> Any:
+        if self.error is not None and details["adds"]:
+            raise self.error("cannot open it here")
+        return super().load(details, files, piece)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ImportError])
+def test_a_piece_whose_code_cannot_be_opened_here_stays_eager_alone(
+    error: type[Exception], tmp_path: Path
+) -> None:
+    """
+    The next start does not try again. The stored code stays, for whoever can open it.
+    """
+    other = Piece.from_json({**TINY.to_json(), "text": TINY.text + "# other\n"})
+
+    def start(error: type[Exception] | None) -> tuple[Setup, list[PieceResult]]:
+        setup = Setup(tmp_path, OpensSome(error))
+        return setup, setup.manager.compile([other, TINY], ["other", "tiny"])
+
+    setup, [failed, done] = start(error)
+    assert (failed.compiler, done.compiler) == ("eager", "planted")
+    assert failed.reason is not None
+    assert failed.reason.code == "artifact-incompatible"
+    assert f"{error.__name__}: cannot open it here" in failed.reason.message
+    assert failed.record is not None
+    assert failed.record["failure"]["machine"], "a matter of this machine"
+    assert len(setup.service.jobs) == 2
+
+    setup, [failed, done] = start(error)
+    assert (failed.compiler, done.from_cache) == ("eager", True)
+    assert setup.service.jobs == []
+    setup, results = start(None)
+    assert [result.compiler for result in results] == ["planted", "planted"]
+    assert setup.service.jobs == []
 
 
 def test_cache_only_never_compiles(tmp_path: Path) -> None:

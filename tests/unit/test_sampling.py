@@ -9,7 +9,7 @@ import torch
 
 import precast
 from precast.sampling import difference
-from system.models import assert_same, compiled, eager, make_net
+from system.models import Filed, assert_same, compiled, eager, make_net, names
 
 
 def sampler(model: Any) -> Any:
@@ -57,6 +57,96 @@ def test_a_wrong_call_is_found_and_the_assembly_thrown_away(tmp_path: Path) -> N
         later, _ = compiled(make_net(), tmp_path, mode="cache_only")
         later(x)
     assert codes(later) == ["not-recorded"]
+
+
+def serve_filed(folder: Path, depth: int = 5, **settings: Any) -> Any:
+    model, _ = compiled(
+        make_net(depth=depth),
+        folder,
+        compiler=Filed(),
+        on_error="eager",
+        verify="sample",
+        verify_every=2,
+        keep_slower=True,
+        **settings,
+    )
+    return model
+
+
+def pieces_of(model: Any) -> list[tuple[str, str | None]]:
+    return [
+        (piece["compiler"], piece["reason"] and piece["reason"]["code"])
+        for assembly in precast.status(model)["assemblies"]
+        for piece in assembly["pieces"]
+    ]
+
+
+def call_until_refuted(model: Any, x: torch.Tensor) -> None:
+    assert not torch.equal(model(x), eager(model, x))
+    wait_for(lambda: (model(x), codes(model))[1] == ["verify-mismatch"])
+    assert_same(model(x), eager(model, x))
+
+
+def test_the_piece_at_fault_is_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by another model that shares it, and has an assembly with it. All else is compiled."""
+    monkeypatch.setenv("PRECAST_WORKER_WARM", "0")
+    x = torch.ones(3, 8)
+    with torch.no_grad():
+        other = serve_filed(tmp_path, depth=6)
+        other(x)
+        model = serve_filed(tmp_path)
+        model(x)
+        good = {*pieces_of(other), *pieces_of(model)}
+        assert good == {("filed", None)}
+        table = model._compiled_call_impl.loaded[0].slots
+        run = table.callables[1]
+        for index, slot in enumerate(table.slots):  # Those that share its code.
+            if slot is not None and slot.piece == table.slots[1].piece:
+                table.callables[index] = lambda inputs: [output * 1.01 for output in run(inputs)]
+        call_until_refuted(model, x)
+        [reason] = precast.status(model)["reasons"]
+        assert "is at fault" in reason["message"]
+
+        for depth in (5, 6):
+            later = serve_filed(tmp_path, depth=depth)
+            for _ in range(4):
+                assert_same(later(x), eager(later, x))
+            found = pieces_of(later)
+            assert {("filed", None), ("eager", "verify-mismatch")} == set(found)
+            assert codes(later) == []
+
+
+@pytest.mark.parametrize("mode", ["blocking", "progressive"])
+def test_where_no_piece_is_at_fault_such_calls_stay_eager(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No piece is found again; with the failure forgotten the model is compiled anew."""
+    monkeypatch.setenv("PRECAST_WORKER_WARM", "0")
+    x = torch.ones(3, 8)
+    with torch.no_grad():
+        model = serve_filed(tmp_path)
+        model(x)
+        before = sampler(model)
+        entry = before._entry
+        before._entry = lambda *args: entry(*args) * 1.01
+        call_until_refuted(model, x)
+        assert "is at fault" not in precast.status(model)["reasons"][0]["message"]
+
+        later = serve_filed(tmp_path, mode=mode)
+        for _ in range(2):
+            assert_same(later(x), eager(later, x))
+            assert precast.wait(later, 120)
+        assert pieces_of(later) == []
+        assert codes(later) == ["verify-mismatch"]
+        assert "remembered from" in precast.status(later)["reasons"][0]["message"]
+        again, events = compiled(
+            make_net(depth=5), tmp_path, compiler=Filed(), failure_memory=1e-6, keep_slower=True
+        )
+        again(x)
+    assert "PieceCompiled" in names(events)
+    assert "PieceLoaded" not in names(events)[: names(events).index("PieceCompiled")]
 
 
 def test_calls_that_write_are_left_out(tmp_path: Path) -> None:

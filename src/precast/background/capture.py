@@ -95,7 +95,7 @@ class CaptureChild:
         packs: Sequence[Sequence[int]],
         ambient: Ambient,
     ) -> Any:
-        """Return the digests of the pieces' texts, as an assembly keeps them.
+        """Return the digests of the pieces' texts, as an assembly keeps them, and the contract.
 
         Args:
             model: From `dump_model`.
@@ -110,7 +110,8 @@ class CaptureChild:
         """
         name = "second look"
         answer = self._ask("texts", model, call, config, passes, packs, ambient, name)
-        return set(_understood(json.loads(answer), name)["texts"])
+        found = _understood(json.loads(answer), name)
+        return set(found["texts"]), found["contract"]
 
     def blueprint(
         self,
@@ -292,8 +293,10 @@ def texts_of_call(
     config: CompilationConfig,
     passes: ChosenPasses,
     packs: Sequence[Sequence[int]],
-) -> list[str]:
+) -> tuple[list[str], dict[str, Any] | None]:
     """Return the digests of the pieces' texts of a call, as an assembly keeps them.
+
+    And the contract as JSON data, where it can be written.
 
     Raises:
         PrecastError: It cannot be captured or cut.
@@ -304,7 +307,10 @@ def texts_of_call(
     capture = capture_call(
         function, owner, args, kwargs, dynamic_shapes=config.dynamic_shapes, name="second look"
     )
-    return [] if capture is None else digests_of_texts(capture, config, passes, packs)
+    if capture is None:
+        return [], None
+    contract = None if capture.contract is None else capture.contract.to_json()
+    return digests_of_texts(capture, config, passes, packs), contract
 
 
 def answer_request(data: bytes) -> dict[str, Any]:
@@ -328,9 +334,10 @@ def answer_request(data: bytes) -> dict[str, Any]:
             if not is_alike:
                 return {"cannot_send": "it is called in a state that no other process can take on"}
             if task == "texts":
-                return {
-                    "texts": texts_of_call(function, owner, args, kwargs, config, passes, packs)
-                }
+                texts, contract = texts_of_call(
+                    function, owner, args, kwargs, config, passes, packs
+                )
+                return {"texts": texts, "contract": contract}
             captured = draw_call(function, owner, args, kwargs, config, passes, name)
     except UnrecordableError as finding:
         return {"unrecordable": str(finding)}

@@ -267,4 +267,12 @@ def _failure(compiler: str, error: Exception) -> dict[str, Any]:
     code = error.code if isinstance(error, CompileError) else "compile-failed"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
         code = "compile-memory"
-    return {"compiler": compiler, "code": code, "message": message[-_LONGEST_MESSAGE:]}
+    return {"compiler": compiler, "code": code, "message": _shortened(message)}
+
+
+def _shortened(message: str) -> str:
+    """Return a message without its middle: its beginning says what is wrong, its end where."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    end = _LONGEST_MESSAGE // 4
+    return f"{message[: _LONGEST_MESSAGE - end]} [...] {message[-end:]}"

@@ -14,14 +14,14 @@ from hashlib import sha256
 from precast.cache.attempt import try_quarantine, try_read, try_write
 from precast.cache.layered import LayeredCache
 from precast.cache.manifest import complete_payload, encode_manifest
-from precast.cache.names import check_key
+from precast.cache.names import check_digest, check_key
 from precast.cache.trust import NO_KEYS, is_shared
 from precast.errors import StoreError
 from precast.events import ArtifactPublished, TierFailed
 
 TYPE_CHECKING = False  # `typing` itself is too dear to import here.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from typing import Any
 
     from precast.cache.collect import Collector
@@ -149,6 +149,16 @@ class CacheStorage:
                 if self._is_behind(tier):  # A write of that key may be waiting still.
                     self._submit(tier, partial(self._forget, tier, key))
 
+    def discard_blobs(self, digests: Iterable[str]) -> None:
+        """Remove blobs in each tier, whatever key names them: that is a miss from now on."""
+        for digest in digests:
+            check_digest(digest)
+            for tier in self._layered.tiers:
+                if tier.is_writable or tier.name in self._read_only:
+                    self._remove_blob(tier, digest)
+                    if self._is_behind(tier):
+                        self._submit(tier, partial(self._remove_blob, tier, digest))
+
     def quarantine(self, key: str, reason: Reason) -> None:
         """Set aside in each tier what a key names, because it turned out not to be usable.
 
@@ -180,6 +190,9 @@ class CacheStorage:
 
     def _forget(self, tier: CacheInterface, key: str) -> None:
         try_write(self._emit, tier, tier.delete_manifest, key)
+
+    def _remove_blob(self, tier: CacheInterface, digest: str) -> None:
+        try_write(self._emit, tier, tier.delete_blob, digest)
 
     def _is_behind(self, tier: CacheInterface) -> bool:
         return self._writer is not None and tier.name in self._writer.tiers

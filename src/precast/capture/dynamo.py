@@ -29,7 +29,7 @@ from precast.contract import (
     is_fixed,
     tensor_spec,
 )
-from precast.errors import CaptureError
+from precast.errors import CaptureError, TracedCodeRaisedError
 from precast.graph.gpus import single_gpu
 from precast.graph.piece import SymbolRange
 
@@ -165,7 +165,11 @@ def capture_call(
             it is on several GPUs.
         Unrecordable: The call's arguments cannot be described as data.
     """
-    from precast.torch_private import capture_full_graph, placeholder_source
+    from precast.torch_private import (
+        capture_full_graph,
+        placeholder_source,
+        raised_while_traced,
+    )
 
     bound = types.MethodType(function, owner) if owner is not None else function
     scope = Scope(function, owner is not None, {}, function.__globals__)
@@ -204,6 +208,10 @@ def capture_call(
             raw = trace({})  # A model may be one graph for given sizes only.
     except Exception as error:
         problem, location = _explain(error)
+        raised = raised_while_traced(error)
+        if raised is not None:
+            problem = f"it raised {raised} while it was traced"
+            raise TracedCodeRaisedError(name, problem, location) from error
         raise CaptureError(name, problem, location) from error
     if raw is None:
         return None

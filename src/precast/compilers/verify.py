@@ -111,6 +111,23 @@ def verify_from_text(
     return verify(piece, compiled, eager_function(piece), sizes, compiler, integers_below)
 
 
+def verify_at(
+    piece: Piece,
+    compiled: CompiledCallable,
+    eager: Callable[..., Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    compiler: str = "compiled code",
+) -> None:
+    """Compare on given inputs, which stay as they are.
+
+    Raises:
+        VerifyMismatchError, EagerRefusedError: As `verify`.
+    """
+    check = _Check(piece, compiler, {}, {}, 2)
+    for compared in check.run_on(inputs, compiled, eager):
+        check.compare(*compared)
+
+
 class _Check:
     """One comparison, at one assignment of sizes."""
 
@@ -131,13 +148,26 @@ class _Check:
     def run(
         self, compiled: CompiledCallable, eager: Callable[..., Any], seed: int
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]]:
-        """Run all three ways; return matching tensors and a name for them."""
+        """Run all three ways on random inputs; return as `run_on` does."""
+        made = random_inputs(self._piece, self._sizes, seed, self._known, self._integers_below)
+        return self.run_on(made, compiled, eager, seed)
+
+    def run_on(
+        self,
+        made: Sequence[torch.Tensor],
+        compiled: CompiledCallable,
+        eager: Callable[..., Any],
+        seed: int | None = None,
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]]:
+        """Run all three ways; return matching tensors and a name for them.
+
+        Without a seed torch's generator is let be.
+        """
         import torch
 
-        made = random_inputs(self._piece, self._sizes, seed, self._known, self._integers_below)
-
         def fresh() -> list[torch.Tensor]:
-            torch.manual_seed(seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             return list(map(copy_tensor, made))
 
         with torch.no_grad():

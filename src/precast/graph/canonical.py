@@ -21,7 +21,14 @@ TEXT_VERSION = 1
 
 
 class CannotWrite(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.
-    """The piece has no canonical text; says what stands in the way."""
+    """The piece has no canonical text; says what stands in the way.
+
+    `nodes` are the names of the calls at fault; none: nobody can say which.
+    """
+
+    def __init__(self, problem: str, nodes: tuple[str, ...] = ()) -> None:
+        super().__init__(problem)
+        self.nodes = nodes
 
 
 class WrittenPiece:
@@ -122,26 +129,37 @@ class _Writer:
 
     def _statements(self, placeholders: list[torch.fx.Node]) -> tuple[TensorSpec, ...]:
         outputs: tuple[TensorSpec, ...] = ()
+        problems: dict[str, str] = {}
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.op == "output":
-                outputs = self._return(node.args[0])
+                if not problems:
+                    outputs = self._return(node.args[0])
                 continue
-            if node.op == "call_function":
-                target = target_name(node.target)
-                if target is None:
-                    raise CannotWrite(f"{node.name} calls {node.target}, which has no name")
-                call = self._call(target, node.args, node.kwargs)
-            elif node.op == "call_method":
-                receiver = self._render(node.args[0])
-                call = self._call(f"{receiver}.{node.target}", node.args[1:], node.kwargs)
-            else:
-                raise CannotWrite(f"{node.name} is a {node.op} of {node.target}")
+            call = ""
+            try:
+                call = self._statement(node)
+            except CannotWrite as problem:  # What else has no text is to be known at once.
+                problems[node.name] = str(problem)
             self._names[node] = f"v{self._num_values}"
             self._num_values += 1
             self._lines.append(f"{self._names[node]} = {call}")
+        if problems:
+            raise CannotWrite("; ".join(dict.fromkeys(problems.values())), tuple(problems))
         return outputs
+
+    def _statement(self, node: torch.fx.Node) -> str:
+        if node.op == "call_function":
+            called: Any = node.target
+            target = target_name(called)
+            if target is None:
+                raise CannotWrite(f"{node.name} calls {node.target}, which has no name")
+            return self._call(target, node.args, node.kwargs)
+        if node.op == "call_method":
+            receiver = self._render(node.args[0])
+            return self._call(f"{receiver}.{node.target}", node.args[1:], node.kwargs)
+        raise CannotWrite(f"{node.name} is a {node.op} of {node.target}")
 
     def _return(self, values: Any) -> tuple[TensorSpec, ...]:
         specs = []

@@ -150,6 +150,7 @@ class InWorkers:
             # Its files are not there, or not loadable here.
             problem = CompileError(miss.name, done.compiler, f"{type(error).__name__}: {error}")
             reason = error.reason if isinstance(error, PrecastError) else problem.reason
+            reason = reason.replace(message=f"{reason.message}; the piece runs eager")
             return self._fallback.fail(miss.piece, miss.name, reason, miss.work)
 
     def _report_failures(self, miss: Miss, done: JobResult) -> None:

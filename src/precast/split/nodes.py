@@ -114,6 +114,21 @@ _DYNAMIC = frozenset(
         "allclose",
     ]
 )
+# Their fake values are plain tensors: only the names say that real ones are quantized.
+_QUANTIZES = frozenset(
+    [
+        "quantize_per_tensor",
+        "quantize_per_tensor_dynamic",
+        "quantize_per_channel",
+        "_empty_affine_quantized",
+        "_empty_per_channel_affine_quantized",
+        "_make_per_tensor_quantized_tensor",
+        "_make_per_channel_quantized_tensor",
+    ]
+)
+_READS_QUANTIZED = frozenset(
+    ["dequantize", "int_repr", "q_per_channel_scales", "q_per_channel_zero_points"]
+)
 _EMPTY = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "empty_permuted"])
 # In place, but they change what the tensor is, which no cut can carry over.
 _RESHAPES_IN_PLACE = frozenset(
@@ -373,6 +388,34 @@ def _symbolic_parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _symbolic_parts(item)
+
+
+def unsupported_nodes(graph: torch.fx.Graph) -> dict[Node, None]:
+    """Return the calls that no compiler takes, in order: on quantized, sparse or nested tensors."""
+    found: dict[Node, None] = {}
+    unusual: set[Node] = set()
+    for node in graph.nodes:
+        is_made = _is_unusual(value_of(node)) or (is_call(node) and _quantizes(node))
+        is_read = not unusual.isdisjoint(node.all_input_nodes)
+        if is_call(node) and (is_made or is_read):
+            found[node] = None
+        if is_made or (is_read and short_name(node) not in _READS_QUANTIZED):
+            unusual.add(node)
+    return found
+
+
+def _quantizes(node: Node) -> bool:
+    target: Any = node.target
+    is_operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return short_name(node) in _QUANTIZES or (is_operator and namespace_of(target) == "quantized")
+
+
+def _is_unusual(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_unusual, value))
+    return isinstance(value, torch.Tensor) and (
+        value.is_quantized or value.is_nested or value.layout is not torch.strided
+    )
 
 
 def is_empty_factory(node: Node) -> bool:

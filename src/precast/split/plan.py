@@ -42,6 +42,7 @@ from precast.split.nodes import (
     names_of,
     reshapes_in_place,
     sets_global_state,
+    unsupported_nodes,
     written_arguments,
 )
 from precast.split.storages import Storages
@@ -144,6 +145,7 @@ def _refuse_uncuttable(graph_module: GraphModule, rule: Splitter) -> None:
 def _native_nodes(graph_module: GraphModule, placement: Placement) -> dict[str, str]:
     """Return why each native node is native, for the rule's reasons and for our own."""
     native: dict[str, str] = {}
+    unsupported = unsupported_nodes(graph_module.graph)
     for node in graph_module.graph.nodes:
         if not is_call(node) or is_size(node) or is_pick(node):
             continue
@@ -159,6 +161,8 @@ def _native_nodes(graph_module: GraphModule, placement: Placement) -> dict[str, 
             native[node.name] = "foreign-op"
         elif meets_lazy_view(node):
             native[node.name] = "lazy-view"
+        elif node in unsupported:
+            native[node.name] = "op-unsupported"
         elif node.name in placement.native:
             native[node.name] = placement.native[node.name]
     return native

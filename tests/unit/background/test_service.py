@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from precast.background import worker
 from precast.background.service import CompileService
 from precast.compilers.job import CompileJob
 from precast.errors import CompileCrashedError, CompileMemoryError, CompileTimeoutError
@@ -254,3 +255,12 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+    """What is wrong stands at the beginning; torch goes on with lists of kernels."""
+    message = worker._failure("compiler", RuntimeError("the cause" + "x" * 9000 + "the end"))
+    text = message["message"]
+    assert text.startswith("RuntimeError: the cause")
+    assert text.endswith("the end")
+    assert len(text) < 2100

@@ -176,8 +176,9 @@ def test_what_has_no_text_is_refused() -> None:
     made = graph.call_function(lambda value: value, (x,))
     made.meta["example_value"] = torch.empty(2)
     graph.output((made,))
-    with pytest.raises(CannotWrite, match="has no name"):
+    with pytest.raises(CannotWrite, match="has no name") as found:
         write_piece(fx.GraphModule(nn.Module(), graph), {})
+    assert found.value.nodes == (made.name,)
 
 
 def test_a_device_loses_its_index() -> None:

@@ -93,6 +93,28 @@ def test_getitem_is_moved_to_its_producer() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_what_computes_with_quantized_tensors_runs_natively() -> None:
+    """Up to where they are plain again; their fake values are plain all the while."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.sin, (x,))
+    q = graph.call_function(torch.quantize_per_tensor, (y, 0.1, 0, torch.quint8))
+    q = graph.call_method("dequantize", (graph.call_method("relu", (q,)),))
+    graph.output((graph.call_function(torch.cos, (q,)),))
+    module = GraphModule({}, graph)
+    with FakeTensorMode() as mode:  # Of fixed sizes: there is no fake `dequantize` of others.
+        Recorder(module).run(mode.from_tensor(torch.ones(3, 4)))
+
+    plan = make_plan(clean_graph(module), Whole())
+    assert [p.is_native for p in plan.partitions] == [False, True, False]
+    assert plan.partitions[1].reasons == ("op-unsupported",)
+    assert len(plan.partitions[1].nodes) == 3
+    stitch = build_stitch(module, plan)
+    inputs = torch.rand(3, 4)
+    assert torch.equal(stitch.module(inputs)[0], module(inputs)[0])
+
+
 def test_no_tuple_crosses_a_cut() -> None:
     def draw(g: Graph, s: Node, x: Node) -> Node:
         halves = g.call_method("chunk", (g.call_function(torch.exp, (x,)), 2, 1))
