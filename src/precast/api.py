@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -63,9 +64,7 @@ def compile(
         return functools.partial(compile, config=config, listeners=listeners, **settings)
     if isinstance(model, torch.nn.Module):
         existing = model._compiled_call_impl
-        if isinstance(existing, Dispatcher):
-            release(model)
-        elif existing is not None:
+        if existing is not None and not isinstance(existing, Dispatcher):
             raise ConfigError(
                 "model",
                 type(model).__name__,
@@ -74,6 +73,7 @@ def compile(
             )
         name = f"{type(model).__name__}"
         session = open_session(name, config, settings, listeners)
+        release(model)  # Now that the settings are known to be usable.
         if not session.is_disabled:
             attach(model, session)
         return model
@@ -217,7 +217,20 @@ def save_report(model: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def wait(model: Any, timeout: float | None = None) -> bool:
-    """Return when no background work is left for a model; False where `timeout` seconds ran out."""
+    """Return when no background work is left for a model; False where `timeout` seconds ran out.
+
+    Args:
+        model: As it was given to `precast.compile`.
+        timeout: In seconds; None or infinity: as long as it takes.
+
+    Raises:
+        ValueError: The timeout is negative or no number.
+        PrecastError: With `on_error="raise"`, what went wrong behind.
+    """
+    if timeout is not None and not timeout >= 0:  # Nor is NaN.
+        raise ValueError(f"timeout must be None or at least 0 seconds, got {timeout!r}")
+    if timeout is not None and timeout > threading.TIMEOUT_MAX:
+        timeout = None  # No lock waits for centuries.
     compiled = _compiled_of(model)
     return compiled is None or compiled.wait(timeout)
 

@@ -31,7 +31,7 @@ REASON_CODES: dict[str, str] = {
     "op-unsupported": "no compiler takes an operator, or it has no text, and it runs natively",
     "compile-pending": "the piece is still being compiled",
     "compile-failed": "a compiler refused a piece",
-    "compile-crashed": "a compile worker died of a signal or ended without an answer",
+    "compile-crashed": "a compile worker died, ended without an answer or could not be started",
     "compile-timeout": "a piece was still compiling when `max_compile_time` ran out",
     "compile-memory": "a compile worker outgrew `max_compile_memory`",
     "verify-mismatch": "the compiled piece does not compute what the eager one does",
@@ -159,6 +159,24 @@ class TracedCodeRaisedError(CaptureError):
     """The model's own code raised while it was traced: what it reads may be missing there."""
 
 
+class CaptureCrashedError(CaptureError):
+    """The process that captures died: for all that is known, a matter of this machine."""
+
+    remedy = "Check the memory of this machine, or compile a submodule instead"
+
+
+class CaptureAbortedError(CaptureError):
+    """A capture was ended by what says nothing of the model, so the next start tries again.
+
+    The machine lacked a process, a file or memory just then, or the mistake is ours.
+    """
+
+    remedy = (
+        "Check the temporary folder, open files, processes and memory of this machine; report it "
+        "if it is none of these"
+    )
+
+
 class SplitError(PrecastError):
     """No cut plan satisfies the rule; `node` is where it breaks."""
 
@@ -255,6 +273,19 @@ class CompileCrashedError(CompileError):
         self.signal = signal
         self.exit_code = exit_code
         self.stderr = stderr
+
+
+class CompileUnavailableError(CompileError):
+    """What compiling needs cannot be had just now: a process, a thread, a temporary file, memory.
+
+    It says nothing of the piece or the model, so the next start tries again.
+    """
+
+    code = "compile-crashed"
+    remedy = (
+        "Check the temporary folder, open files, processes and memory of this machine; "
+        "the next start tries again"
+    )
 
 
 class ArtifactError(PrecastError):
@@ -413,6 +444,13 @@ class TierSkippedError(StoreError):
 
 def _ended(sentence: str) -> str:
     return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
+def as_capture_error(model: str, error: BaseException) -> PrecastError:
+    """Return an error as one of ours: what is not meant for the user ended a capture."""
+    if isinstance(error, PrecastError):
+        return error
+    return CaptureAbortedError(model, in_words(error))
 
 
 def in_words(error: BaseException) -> str:

@@ -24,7 +24,7 @@ def is_served(request: Request) -> bool:
     """Whether no compile is needed for a call like the one that asked.
 
     By what was loaded meanwhile, by what is stored, which is loaded now, or because enough is
-    compiled already, or what was compiled for such calls was found to be wrong.
+    compiled already, what was compiled for such calls was wrong, or it would fail again.
     """
     if _is_covered(request):
         return True
@@ -41,7 +41,11 @@ def is_served(request: Request) -> bool:
         if refuted is not None:
             target.why_eager.give_up(request.signature, refuted)
             return True
-        return target.is_full(request.signature)
+        if target.is_full(request.signature):
+            return True
+    return target.is_known_to_fail(
+        request.signature, key, request.function, request.args, request.kwargs
+    )
 
 
 def open_for(
@@ -94,7 +98,7 @@ def complete(
     loaded.assembly = assembly
     key = target.assembly_key(request.signature)
     target.assemblies.rename(loaded, key)
-    target.keep(loaded, key)
+    target.keep(loaded, key, request.signature)
     give_way()
     seconds = time.perf_counter() - request.started
     with target.assemblies.lock:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from precast.behind import give_way
@@ -237,10 +238,10 @@ class CompilerManager:
                 self.close()
             return self._service is service
 
-        with OwnFolder("compile") as folder:
+        with closing(OwnFolder("compile")) as folder:
             batch = Batch(
                 self._in_workers,
-                folder.path,
+                folder,
                 take,
                 is_open,
                 max_parts=max_parts,

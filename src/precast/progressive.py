@@ -38,7 +38,13 @@ from precast.binding import bind, what_differs
 from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.breakable import Breakable, BrokenOffError
 from precast.contract import Contract
-from precast.errors import CaptureError, PrecastError, Reason, TracedCodeRaisedError, in_words
+from precast.errors import (
+    CaptureError,
+    PrecastError,
+    Reason,
+    TracedCodeRaisedError,
+    as_capture_error,
+)
 from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
 from precast.piece_result import PieceResult, pending_result
 from precast.runtime.collector import no_collection
@@ -270,13 +276,16 @@ def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureCh
             _Growth(state, request, captured).run()
     except CalledOffError:
         pass
-    except Exception as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
+    except BaseException as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
         if not state.is_ended:  # Else it is what the end brought about.
-            with contextlib.suppress(CalledOffError):
+            with contextlib.suppress(BaseException):
                 request.target.fail(request, _why(error, session.name))
     finally:
-        session.manager.close()
-        with contextlib.suppress(CalledOffError):
+        # Whatever is raised where an error is answered, by a listener say: the next request is
+        # served all the same, and who waits is not left waiting.
+        with contextlib.suppress(BaseException):
+            session.manager.close()
+        with contextlib.suppress(BaseException):
             request.target.finish(request)
 
 
@@ -292,7 +301,7 @@ def _prepare(
     return _capture(state, gate, request, child)
 
 
-def _why(error: Exception, name: str) -> PrecastError | Reason:
+def _why(error: BaseException, name: str) -> PrecastError | Reason:
     if isinstance(error, UnrecordableError):
         return Reason(
             "trace-on-start",
@@ -300,7 +309,7 @@ def _why(error: Exception, name: str) -> PrecastError | Reason:
             "beside calls: they run eager",
             'Keep such values out of what the model reads in forward, or use mode="blocking"',
         )
-    return error if isinstance(error, PrecastError) else CaptureError(name, in_words(error))
+    return as_capture_error(name, error)
 
 
 def _capture(state: _State, gate: CallGate, request: Request, child: CaptureChild) -> Captured:

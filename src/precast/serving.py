@@ -23,10 +23,18 @@ from precast.assembly import LoadedAssembly
 from precast.capture.fingerprint import call_signature, model_fingerprint, tensors_in
 from precast.contract import NO_GRADIENTS
 from precast.describe import refusals
-from precast.errors import CaptureError, PrecastError, Reason, in_words
+from precast.errors import (
+    CaptureAbortedError,
+    CaptureCrashedError,
+    CaptureError,
+    PrecastError,
+    Reason,
+    as_capture_error,
+)
 from precast.events import (
     CallOutsideContract,
     CaptureFailed,
+    FailureRemembered,
     ModelReleased,
     StartBrokenOff,
 )
@@ -41,6 +49,12 @@ if TYPE_CHECKING:
     from precast.progressive import BackgroundCompiler, Request
 
 
+#: Of remembered failures: those after which there is nothing for a start to do.
+_CODES_OF_CAPTURES = frozenset(
+    {"capture-failed", "split-failed", "compile-timeout", "compile-memory"}
+)
+
+
 class CompiledModel:
     """One model or function that Precast serves."""
 
@@ -50,8 +64,7 @@ class CompiledModel:
         owner: Any,
         session: Session,
         *,
-        is_block: bool = False,
-        behind: BackgroundCompiler | None = None,
+        whole: CompiledModel | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -59,15 +72,14 @@ class CompiledModel:
             function: The function to serve; None: what the owner's `forward` is.
             owner: The module that it is a method of; None for a function.
             session: What the parts share.
-            is_block: It is a block of a model that could not be captured whole.
-            behind: Of that model; None: one is made where the mode asks for it.
+            whole: The model that could not be captured whole, and that this is a block of.
         """
         served = find_forward(owner) if function is None else function
         self._is_wrapping = served is None
         self.function: types.FunctionType = wrap_forward() if served is None else served
         self.owner = owner
         self.session = session
-        self.is_block = is_block
+        self.is_block = whole is not None
         self.blocks: list[CompiledModel] = []
         self.why_eager = WhyEager(session)
         self.dispatcher = Dispatcher(
@@ -81,7 +93,7 @@ class CompiledModel:
             run_eager=self._run_eager_apart,
             on_wrong=self._go_eager,
             note=self.why_eager.note,
-            looks_twice=not is_block,
+            looks_twice=whole is None,
         )
         self._traced: Callable[..., Any] | None = None
         self._is_eager = session.config.compilation_level == "none"
@@ -89,11 +101,14 @@ class CompiledModel:
         self._gpu: int | None = None  # That of the last call off the hot path.
         self._pending: set[str] = set()  # Signatures that are compiled behind.
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
+        self._attempts: dict[str, str] = {}  # For each signature the capture last tried.
         self._pid = os.getpid()
-        self._behind = self._make_behind() if behind is None else behind
-        if behind is None and self._behind is not None:
+        self._whole = whole
+        self._behind: BackgroundCompiler | None
+        self._behind = self._make_behind() if whole is None else whole._behind
+        if whole is None and self._behind is not None:
             self._rehearse()
-        if session.recording is not None and not is_block:
+        if session.recording is not None and whole is None:
             from precast.portrait import portrait_later
 
             session.recording.portray_with(portrait_later(self))
@@ -119,7 +134,15 @@ class CompiledModel:
 
     def _resolve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve a call off the hot path: rebind, load, compile, or run eager with a reason."""
-        found, failed = self._find(args, kwargs)
+        found: LoadedAssembly | Callable[..., Any] | Request | None = None
+        failed: str | None = None
+        try:
+            found, failed = self._find(args, kwargs)
+        except Exception as error:
+            # Whatever we lack, a file or a thread: the model needs none of it.
+            if self.session.config.on_error == "raise":
+                raise
+            self._note_broken_start(error)
         if isinstance(found, LoadedAssembly):
             bound = found.bound
             if not self._records_gradients(bound.weights):
@@ -133,7 +156,8 @@ class CompiledModel:
             return self.function(*args, **kwargs)
         except Exception:
             if failed is not None:
-                self._take_back(failed)
+                with contextlib.suppress(Exception):
+                    self._take_back(failed)
             raise
 
     def _run_and_queue(
@@ -187,7 +211,11 @@ class CompiledModel:
             if loaded is not None:
                 return loaded, None
             if signature in self._pending:
-                return self._request(args, kwargs, signature), None
+                try:
+                    return self._request(args, kwargs, signature), None
+                except BaseException:
+                    self._pending.discard(signature)
+                    raise
             return self._traced, signature if self.why_eager.has_given_up(signature) else None
 
     def _follow_forward(self) -> None:
@@ -206,6 +234,9 @@ class CompiledModel:
     def _take_back(self, signature: str) -> None:
         """Forget that a call could not be compiled: eager failed as well, the call is at fault."""
         with self.assemblies.lock:
+            attempt = self._attempts.get(signature)
+            if attempt is not None:
+                self.session.manager.failures.forget(attempt)
             if self.why_eager.take_back(signature):
                 for block in self.blocks:
                     block.detach()
@@ -299,6 +330,9 @@ class CompiledModel:
         if refuted is not None:
             self.why_eager.give_up(signature, refuted)
             return None
+        own_args = args[self._num_owners :]
+        if self.is_known_to_fail(signature, key, self.function, own_args, kwargs):
+            return None
         if self.assemblies.loaded:
             self._report_outside(args, kwargs)
         try:
@@ -324,23 +358,19 @@ class CompiledModel:
         is_raised = self.session.config.on_error == "raise"
         # Of the processes that miss this at once, one captures and compiles; the others load.
         with self.session.manager.turn(
-            key,
+            self._attempts[signature],
             lambda: self.assemblies.is_new(key),
             lambda: self._load(key, args, kwargs, started),
         ) as found:
             if found is not None:
                 return found
             try:
-                return self._compile(key, args, kwargs, started)
-            except PrecastError as error:
-                if is_raised:
-                    raise
-                self._fall_back(signature, error, key)
+                return self._compile(key, args, kwargs, signature, started)
             except Exception as error:
                 # A mistake of ours must not stop a model that runs without us.
                 if is_raised:
                     raise
-                self._fall_back(signature, CaptureError(self.session.name, in_words(error)), key)
+                self._fall_back(signature, as_capture_error(self.session.name, error))
         return None
 
     def is_full(self, signature: str) -> bool:
@@ -354,6 +384,39 @@ class CompiledModel:
             "Raise max_assemblies, or give dynamic_shapes so that one covers more calls",
         )
         self.why_eager.give_up(signature, reason)
+        return True
+
+    def is_known_to_fail(
+        self,
+        signature: str,
+        key: str,
+        function: types.FunctionType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> bool:
+        """Give a signature up where an earlier capture failed and would again; return whether so.
+
+        Args:
+            signature: Of the call.
+            key: Of what serves it.
+            function: What is called.
+            args: The call's, without the owner.
+            kwargs: The call's.
+        """
+        from precast.capture.circumstances import attempt_key
+
+        attempt = attempt_key(key, function, self.owner, args, kwargs)
+        self._attempts[signature] = attempt
+        if self.session.config.on_error == "raise":
+            return False  # The error itself is wanted, and not that there was one.
+        failures = self.session.manager.failures
+        failure = failures.recall(attempt)
+        if failure is None or failure["reason"]["code"] not in _CODES_OF_CAPTURES:
+            return False
+        reason = failures.explain(failure)
+        self.session.emit(FailureRemembered(self.session.name, attempt, reason))
+        with self.assemblies.lock:
+            self._give_up(signature, reason)
         return True
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str) -> Request:
@@ -381,10 +444,22 @@ class CompiledModel:
     def _go_eager(self) -> None:
         self._is_eager = True
 
+    def _note_broken_start(self, error: Exception) -> None:
+        """Note a call that could not be looked up; look no more if that fails again and again."""
+        self.why_eager.note_broken_start(error)
+        is_of_a_moment = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
+        if not is_of_a_moment and self.why_eager.fails_too_often("start"):
+            self._go_eager()
+
     # -- cold -----------------------------------------------------------------
 
     def _compile(
-        self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
+        self,
+        key: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        signature: str,
+        started: float,
     ) -> LoadedAssembly | None:
         """Capture and compile a call; None: it is served by Dynamo, or not at all."""
         from precast.blueprint import slot_table
@@ -396,12 +471,14 @@ class CompiledModel:
                 self.function, self.owner, own_args, kwargs, self.session, started
             )
         except MustTrace as finding:
-            self._trace_on_start(str(finding), key)
+            self._trace_on_start(str(finding), signature)
             return None
+        if self._is_eager:
+            return None  # It was released meanwhile, and its pieces were called off.
         assembly, slots = blueprint.assembly(results), slot_table(blueprint.slots, results)
         loaded = self.assemblies.open(key, assembly, slots, self.function, blueprint.gpu)
         self.assemblies.bind_new(loaded, self.function)
-        self.keep(loaded, key)
+        self.keep(loaded, key, signature)
         self.assemblies.add(loaded)
         self.assemblies.note_start(loaded, time.perf_counter() - started, results)
         problem = loaded.why_not(args, kwargs)
@@ -411,20 +488,22 @@ class CompiledModel:
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
             self.why_eager.give_up(
-                self._signature(args, kwargs),
+                signature,
                 Reason("outside-contract", f"{problem}; this call ran eager", "Nothing to do"),
             )
             return None
         return loaded
 
-    def keep(self, loaded: LoadedAssembly, key: str) -> None:
+    def keep(self, loaded: LoadedAssembly, key: str, signature: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
         if not self.assemblies.publish(loaded, key):
             self._note_unkept(
-                key, Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
+                signature, Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
             )
+        elif (attempt := self._attempts.get(signature)) is not None:
+            self.session.manager.failures.forget(attempt)
 
-    def _trace_on_start(self, problem: str, key: str) -> None:
+    def _trace_on_start(self, problem: str, signature: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""
         from precast.cold_start import let_dynamo_trace
 
@@ -434,7 +513,7 @@ class CompiledModel:
             "Keep such values out of what the model reads in forward",
         )
         self.why_eager.note(reason)
-        self._note_unkept(key, reason)
+        self._note_unkept(signature, reason)
 
         def note_failed_call(error: Exception) -> None:
             self.why_eager.note_failed_call(error)
@@ -452,7 +531,7 @@ class CompiledModel:
                 return
             if self.session.config.on_error == "raise":
                 self._error = why
-            self._fall_back(request.signature, why, self.assembly_key(request.signature))
+            self._fall_back(request.signature, why)
 
     def finish(self, request: Request) -> None:
         """Take a request for done, whatever became of it."""
@@ -466,26 +545,34 @@ class CompiledModel:
 
     # -- when it does not work ---------------------------------------------------
 
-    def _note_unkept(self, key: str, reason: Reason) -> None:
-        """Note that a capture leaves nothing to load: then no process need wait for another's."""
-        self.session.manager.failures.remember(key, reason, ("capture-failed",))
+    def _note_unkept(self, signature: str, reason: Reason, code: str | None = None) -> None:
+        """Remember that a capture leaves nothing to load: nobody need wait for it, or repeat it.
 
-    def _fall_back(self, signature: str, error: PrecastError, key: str) -> None:
-        self._note_unkept(key, error.reason)
+        `code` says in whose place it happens, where that is not what the reason is about.
+        """
+        attempt = self._attempts.get(signature)
+        if attempt is not None:
+            self.session.manager.failures.remember(attempt, reason, (code or reason.code,))
+
+    def _fall_back(self, signature: str, error: PrecastError) -> None:
+        if self._is_eager:
+            return  # It was released meanwhile, and everything called off.
+        self._give_up(signature, error.reason)
         if isinstance(error, CaptureError):
             self.session.emit(CaptureFailed(self.session.name, error.reason))
-        self.why_eager.give_up(signature, error.reason)
-        if (
-            isinstance(error, CaptureError)
-            and self.owner is not None
-            and not self.assemblies.loaded
-        ):
-            self.blocks = [
-                attach(
-                    block, Session.for_block(self.session, name), is_block=True, behind=self._behind
-                )
-                for name, block in find_blocks(self.owner)
-            ]
+        if not isinstance(error, CaptureAbortedError):
+            is_crash = isinstance(error, CaptureCrashedError)
+            self._note_unkept(signature, error.reason, "compile-crashed" if is_crash else None)
+
+    def _give_up(self, signature: str, reason: Reason) -> None:
+        """Run calls of a signature eager; of a model without a graph, compile the blocks within."""
+        self.why_eager.give_up(signature, reason)
+        if reason.code != "capture-failed" or self.owner is None or self.assemblies.loaded:
+            return
+        self.blocks = [
+            attach(block, Session.for_block(self.session, name), whole=self)
+            for name, block in find_blocks(self.owner)
+        ]
 
     def _report_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         loaded = self.assemblies.loaded[-1]
@@ -561,6 +648,7 @@ class CompiledModel:
         """Go back to eager and give everything back."""
         if os.getpid() != self._pid:
             self._follow_fork()
+        self._go_eager()  # What is compiled now comes too late.
         if self.session.recording is not None and not self.is_block:
             self.session.recording.look()
         self.dispatcher.watch(None)
@@ -580,23 +668,31 @@ class CompiledModel:
         Another thread of the parent may have held any of them, and no thread is left to let go.
         What was compiled behind is asked for anew; what is loaded goes on.
         """
+        if self._whole is not None:
+            self._whole._follow_fork()  # Its blocks with it: they share what is opened.
+        elif os.getpid() != self._pid:
+            if self._behind is not None:
+                self._behind.forget()
+            self.session.reopen()
+            self._begin_in_fork(self._make_behind())
+
+    def _begin_in_fork(self, behind: BackgroundCompiler | None) -> None:
         self._pid = os.getpid()
-        self.assemblies.follow_fork()
+        self._behind = behind
         self._pending = set()
-        if self._behind is not None:
-            self._behind.forget()
-            self._behind = self._make_behind()
-        self.session.reopen()
+        self.assemblies.follow_fork()
+        for block in self.blocks:
+            block.session.share(self.session)
+            block._begin_in_fork(behind)
 
 
 def attach(
     model: torch.nn.Module,
     session: Session,
     *,
-    is_block: bool = False,
-    behind: BackgroundCompiler | None = None,
+    whole: CompiledModel | None = None,
 ) -> CompiledModel:
-    """Let Precast serve a module's calls."""
-    compiled = CompiledModel(None, model, session, is_block=is_block, behind=behind)
+    """Let Precast serve a module's calls; `whole` is the model that it is a block of."""
+    compiled = CompiledModel(None, model, session, whole=whole)
     model._compiled_call_impl = compiled.dispatcher
     return compiled

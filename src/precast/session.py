@@ -123,6 +123,10 @@ class Session:
         block.name = f"{whole.name}.{name}"
         return block
 
+    def share(self, whole: Session) -> None:
+        """Use what the whole model's session has opened anew."""
+        self.loader, self.storage, self.manager = whole.loader, whole.storage, whole.manager
+
     def assembly_key(self, fingerprint: str, signature: str, device: str) -> str:
         """Return the key of what serves calls of a signature on a device type."""
         settings = _plain_settings(self.config.key_settings())

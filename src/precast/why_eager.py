@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from precast.errors import Reason
+from precast.errors import CaptureAbortedError, Reason
 from precast.events import FellBack
 
 if TYPE_CHECKING:
@@ -47,6 +47,14 @@ class WhyEager:
                 "If eager does not raise for this call, please report it",
             )
         )
+
+    def note_broken_start(self, error: BaseException) -> None:
+        """Note that what should serve a call could not be looked up, and the call ran eager."""
+        ended = f"a start was ended by {type(error).__name__}:"
+        if any(known.message.startswith(ended) for known in self.reasons):
+            return  # Once a kind: the rest names other files each time.
+        remedy = CaptureAbortedError.remedy
+        self.note(Reason("capture-failed", f"{ended} {error}; the call ran eager", remedy))
 
     def give_up(self, signature: str, reason: Reason) -> None:
         """Let calls of a signature run eager from now on."""

@@ -22,7 +22,8 @@ from torch import nn
 
 import precast
 from precast import progressive
-from precast.events import Event, SlotSwapped
+from precast.events import CompileStarted, Event, SlotSwapped
+from precast.serving import CompiledModel
 from system.conftest import ROOT
 from system.models import (
     Block,
@@ -79,6 +80,19 @@ class Local(nn.Module):
 def make_local() -> Local:
     torch.manual_seed(0)
     return Local().eval()
+
+
+class BrokenLocal(Local):
+    """As that, and cannot be captured whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def make_broken() -> Local:
+    torch.manual_seed(0)
+    return BrokenLocal().eval()
 
 
 _WHOLE_WAY = """
@@ -261,6 +275,52 @@ def test_a_failure_is_not_tried_at_every_call(tmp_path: Path) -> None:
         assert precast.wait(served, 120)
     assert codes(served) == ["capture-in-process", "capture-failed"]
     assert names(events).count("CaptureFailed") == 1
+
+
+@pytest.mark.parametrize("how", ["fail", "listener"])
+def test_the_thread_behind_survives_errors_in_the_answer_to_an_error(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits is not left waiting, and the next kind of call has its turn."""
+    num_tried = 0
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    def try_in_vain(*_: object) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        fail()
+
+    def leave(event: Event) -> None:
+        if type(event).__name__ == "CaptureFailed":
+            raise SystemExit(3)
+
+    monkeypatch.setattr(progressive, "_capture", try_in_vain)
+    if how == "fail":
+        monkeypatch.setattr(CompiledModel, "fail", fail)
+    model = precast.compile(
+        nn.Linear(8, 8),
+        cache_dir=tmp_path,
+        compiler=Filed(),
+        mode="progressive",
+        progress=False,
+        listeners=[leave] if how == "listener" else [],
+    )
+    thread = model._compiled_call_impl.compiled._behind._state.thread
+    for number, shape in enumerate([(3, 8), (2, 3, 8)], 1):
+        x = torch.randn(shape)
+        assert_same(model(x), eager(model, x))
+        assert precast.wait(model, 120)
+        assert num_tried == number
+    assert thread.is_alive()
+    assert precast.status(model)["behind"] == {"doing": None, "waiting": 0}
+    assert not list(tmp_path.rglob("failed-*")), "it says nothing of the model"
+    if how == "listener":
+        model(x)
+        assert precast.wait(model, 120)
+        assert num_tried == 2, "it was given up all the same"
+    precast.release(model)
 
 
 def children() -> set[int]:
@@ -656,6 +716,35 @@ def test_a_fork_serves_on(tmp_path: Path, one_thread: None) -> None:
     precast.release(hung)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_fork_of_a_model_in_blocks_has_one_thread_for_all(
+    tmp_path: Path, one_thread: None
+) -> None:
+    model, _ = serve(make_broken(), tmp_path)
+    x = torch.randn(3, 8)
+    model(x)
+    assert precast.wait(model, 120)
+    model(x)
+    assert precast.wait(model, 120)
+    expected = eager(model, x)
+
+    def threads() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name == "precast-behind"]
+
+    def work() -> None:
+        with torch.no_grad():
+            assert torch.equal(model.layers[0](x), eager(model.layers[0], x))  # A block first.
+            assert torch.equal(model(x), expected)
+            assert precast.wait(model, 60)
+            assert len(threads()) == 1, threads()
+            precast.release(model)
+            assert torch.equal(model(x), expected)
+            assert threads() == []
+
+    assert len(precast.status(model)["blocks"]) == 5
+    assert _in_fork(work) == 0
+
+
 def test_progressive_wants_a_compiler_that_works_elsewhere() -> None:
     with pytest.raises(precast.PrecastError, match="outside of this process"):
         precast.compile(make_local(), mode="progressive", compiler="inductor")
@@ -671,10 +760,16 @@ def test_failures_raise_at_the_wait_if_asked_to(tmp_path: Path) -> None:
 
 
 def test_slots_are_told_of_one_by_one(tmp_path: Path) -> None:
-    """Those pieces first that most slots run."""
-    model, events = serve(make_local(), tmp_path)
+    """Once each; and those pieces are compiled first that most slots run."""
+    model, events = serve(make_local(), tmp_path, compile_threads=1)
     model(torch.randn(3, 8))
     assert precast.wait(model, 120)
+    slots = model._compiled_call_impl.loaded[0].assembly.slots
+    first_name = {number: name for number, name in reversed(slots)}
+    count = {name: sum(n == number for n, _ in slots) for number, name in first_name.items()}
+    started = [count[event.piece] for event in events if isinstance(event, CompileStarted)]
+    assert started == sorted(count.values(), reverse=True)
+    assert len(set(started)) > 1
     swapped = [event.slot for event in events if isinstance(event, SlotSwapped)]
     assert sorted(swapped) == list(range(len(compilers(model))))
     with served_by_nobody(model):

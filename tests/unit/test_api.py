@@ -17,6 +17,7 @@ from torch import nn
 
 import precast
 from precast.errors import ConfigError
+from precast.manager import CompilerManager
 
 SETTINGS: dict[str, Any] = {"compiler": "eager", "progress": False, "revalidate": "never"}
 OFFSET = 1.0
@@ -374,3 +375,149 @@ def test_a_changed_default_of_a_served_function_is_noticed(tmp_path: Path) -> No
 
     assert torch.equal(before, x)
     assert torch.equal(after, 3.0 * x)
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan"), float("-inf")])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with pytest.raises(ValueError, match="at least 0 seconds"):
+        precast.wait(Model(), timeout)
+
+
+@pytest.mark.parametrize("timeout", [0, 1, 1e12, float("inf"), None])
+def test_a_timeout_may_be_as_long_as_one_likes(timeout: float | None) -> None:
+    for mode in ("blocking", "progressive"):
+        model = precast.compile(Model(), **{**SETTINGS, "mode": mode})
+        assert precast.wait(model, timeout)
+        precast.release(model)
+
+
+def test_a_setting_that_is_refused_leaves_a_served_model_served() -> None:
+    model = precast.compile(Model(), **SETTINGS)
+    dispatcher = model._compiled_call_impl
+    with pytest.raises(ConfigError):
+        precast.compile(model, mode="nonsense")
+    assert model._compiled_call_impl is dispatcher
+    precast.compile(model, **SETTINGS)
+    assert model._compiled_call_impl is not dispatcher
+
+
+def test_a_call_is_answered_where_our_own_code_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried again at the next call, unless the user wants failures to be raised."""
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    model = precast.compile(Model(), cache_dir=tmp_path, **SETTINGS)
+    strict = precast.compile(Model(), cache_dir=tmp_path, on_error="raise", **SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(CompilerManager, "turn", fail)
+        for _ in range(5):
+            assert torch.equal(model(X), model.forward(X))
+        with pytest.raises(OSError, match="Too many"):
+            strict(X)
+        patch.setattr(CompilerManager, "turn", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+    [reason] = precast.status(model)["reasons"]
+    assert "OSError: [Errno 24] Too many open files; the call ran eager" in reason["message"]
+    assert torch.equal(model(X), model.forward(X))
+    assert len(precast.status(model)["assemblies"]) == 1
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_mistake_of_ours_is_not_made_at_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def fail(*_: object) -> None:
+        tried.append(None)
+        raise KeyError("a mistake")
+
+    model = precast.compile(Model(), cache_dir=tmp_path, **SETTINGS)
+    monkeypatch.setattr(CompilerManager, "turn", fail)
+    for _ in range(6):
+        assert torch.equal(model(X), model.forward(X))
+    assert len(tried) == 3
+
+
+def test_a_capture_that_failed_is_remembered_for_a_while(tmp_path: Path) -> None:
+    """Its blocks are loaded at once. With another setting of the model it is tried again."""
+
+    def start(failure_memory: float = 3600.0, **attributes: Any) -> tuple[list[str], Any]:
+        events: list[str] = []
+        model = Broken()
+        vars(model).update(attributes)
+        precast.compile(
+            model,
+            cache_dir=tmp_path,
+            failure_memory=failure_memory,
+            listeners=[lambda event: events.append(type(event).__name__)],
+            **SETTINGS,
+        )
+        assert torch.equal(model(X), model.forward(X))
+        status = precast.status(model)
+        precast.release(model)
+        return events, status
+
+    events, status = start()
+    assert (events.count("CaptureFailed"), events.count("CaptureFinished")) == (1, 1)
+    [first] = status["reasons"]
+
+    events, status = start()
+    assert "FailureRemembered" in events
+    assert "CaptureFailed" not in events
+    assert "CaptureFinished" not in events
+    [reason] = status["reasons"]
+    assert {**reason, "message": ""} == {**first, "message": ""}
+    assert reason["message"].startswith(first["message"] + "; remembered from")
+    assert [len(block["assemblies"]) for block in status["blocks"]] == [1, 1]
+
+    assert "CaptureFailed" in start(failure_memory=1e-6)[0]
+    assert "CaptureFailed" in start(is_mended=True)[0]
+    assert "CaptureFailed" in start(is_mended=True, failure_memory=0.0)[0]
+    assert "CaptureFailed" not in start(is_mended=True)[0]
+
+
+def test_a_call_at_fault_is_no_failure_of_the_model(tmp_path: Path) -> None:
+    """Eager refuses it as well: the next start has nothing to remember."""
+    for _ in range(2):
+        events: list[str] = []
+        model = precast.compile(
+            Model(),
+            cache_dir=tmp_path,
+            listeners=[lambda event, events=events: events.append(type(event).__name__)],
+            **SETTINGS,
+        )
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            model(torch.randn(3, 5))
+        assert "CaptureFailed" in events
+        assert "FailureRemembered" not in events
+
+
+def test_a_release_in_the_middle_of_a_compile_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    model = precast.compile(
+        Model(),
+        cache_dir=tmp_path,
+        listeners=[lambda event: events.append(type(event).__name__)],
+        **SETTINGS,
+    )
+    compile_pieces = CompilerManager.compile
+
+    def release_first(manager: Any, *args: Any, **kwargs: Any) -> Any:
+        precast.release(model)
+        return compile_pieces(manager, *args, **kwargs)
+
+    monkeypatch.setattr(CompilerManager, "compile", release_first)
+    assert torch.equal(model(X), model.forward(X))
+    assert "ModelReleased" in events
+    assert not {"AssemblyPublished", "ModelReady"} & set(events)
+    assert model._compiled_call_impl is None

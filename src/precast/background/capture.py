@@ -25,7 +25,16 @@ from precast import errors
 from precast.background.child import start_child
 from precast.background.limits import NICE_BESIDE_CALLS
 from precast.background.skeleton import CannotSendError, dump, load
-from precast.errors import CaptureError, CompileTimeoutError, PrecastError, Reason
+from precast.background.usage import UsageMeter
+from precast.errors import (
+    CaptureAbortedError,
+    CaptureCrashedError,
+    CaptureError,
+    CompileMemoryError,
+    CompileTimeoutError,
+    PrecastError,
+    Reason,
+)
 from precast.runtime.collector import no_collection
 from precast.values import Value
 
@@ -36,7 +45,9 @@ if TYPE_CHECKING:
     from precast.passes.chosen import ChosenPasses
 
 _POLL_S = 0.1
-_START_S = 120.0  # For the child's imports, those of the user's modules too.
+# At least, from the child's start on: a low limit is meant for compilers, and a busy machine may
+# take as long to import torch and the user's modules.
+_LEAST_S = 60.0
 _STDERR_BYTES = 2000
 
 
@@ -127,7 +138,7 @@ class CaptureChild:
         Raises:
             CannotSendError: The child cannot read it: a module is not importable there, say.
             UnrecordableError: Each start would have to trace it.
-            PrecastError: It cannot be captured or cut, or takes longer than a piece may.
+            PrecastError: It cannot be captured or cut, or takes more time or memory than it may.
             CalledOffError: `end` was called.
         """
         from precast.blueprint import Blueprint
@@ -169,7 +180,7 @@ class CaptureChild:
                     raise CalledOffError
                 self._process = process = _start(stderr)
             try:
-                answer = self._receive(process, request, name, config.max_compile_time + _START_S)
+                answer = _receive(process, request, name, config)
             finally:
                 _kill(process)
                 process.wait()
@@ -182,23 +193,33 @@ class CaptureChild:
             if not answer:
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
                 said = stderr.read().decode(errors="replace").strip()[-300:]
-                raise CaptureError(
+                raise CaptureCrashedError(
                     name, f"the process that traces it ended with {process.returncode}: {said}"
                 )
         return answer
 
-    def _receive(
-        self, process: subprocess.Popen[bytes], request: bytes, name: str, limit_s: float
-    ) -> bytes:
-        deadline = time.monotonic() + limit_s
-        data: bytes | None = request
-        while True:
-            try:
-                return process.communicate(data, timeout=_POLL_S)[0]
-            except subprocess.TimeoutExpired:
-                data = None  # It is on its way already.
-            if time.monotonic() > deadline:
-                raise CompileTimeoutError(name, "capture", limit_s)
+
+def _receive(
+    process: subprocess.Popen[bytes], request: bytes, name: str, config: CompilationConfig
+) -> bytes:
+    """Send the request and return the answer, b"" where the child ended without one.
+
+    Raises:
+        CompileTimeoutError, CompileMemoryError: It takes more than a worker may, of either.
+    """
+    limit_s, limit_bytes = max(config.max_compile_time, _LEAST_S), config.max_compile_memory
+    deadline = time.monotonic() + limit_s
+    meter = None if limit_bytes is None else UsageMeter(process.pid, limit_bytes)
+    data: bytes | None = request
+    while True:
+        try:
+            return process.communicate(data, timeout=_POLL_S)[0]
+        except subprocess.TimeoutExpired:
+            data = None  # It is on its way already.
+        if time.monotonic() > deadline:
+            raise CompileTimeoutError(name, "capture", limit_s)
+        if meter is not None and limit_bytes is not None and (meter.look() or 0) > limit_bytes:
+            raise CompileMemoryError(name, "capture", limit_bytes, meter.peak_bytes)
 
 
 def _start(stderr: Any) -> subprocess.Popen[bytes]:
@@ -224,7 +245,7 @@ def _understood(answer: dict[str, Any], name: str) -> dict[str, Any]:
         case {"error": [kind, args]}:
             raise getattr(errors, kind)(*args)
         case {"failed": problem}:
-            raise CaptureError(name, problem)
+            raise CaptureAbortedError(name, problem)
     return answer
 
 

@@ -21,13 +21,15 @@ from typing import Any
 
 from precast.background.limits import NICE
 from precast.background.usage import UsageMeter
-from precast.background.worker_process import WorkerProcess
+from precast.background.worker_process import START_S, WorkerProcess
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
 from precast.errors import (
     CompileError,
     CompileMemoryError,
     CompileTimeoutError,
+    CompileUnavailableError,
     PrecastError,
+    in_words,
 )
 from precast.events import CompileStarted, Emit, JobFinished
 
@@ -97,7 +99,7 @@ class CompileService:
     def prestart(self, n: int | None = None) -> None:
         """Start workers now, so that their imports run while the caller does something else."""
         self._begin_in_fork()
-        with self._lock:
+        with self._lock, contextlib.suppress(RuntimeError):  # Of no thread `submit` tells.
             wanted = min(self._num_workers if n is None else n, self._num_workers)
             while len(self._threads) < wanted:
                 self._add_thread()
@@ -109,15 +111,21 @@ class CompileService:
             CompileTimeoutError: It was not finished after `timeout_s`.
             CompileMemoryError: Its worker held more than `memory_bytes`.
             CompileCrashedError: Its worker died twice, whichever compiler was tried.
+            CompileUnavailableError: There is no worker to be had, or what goes with one.
         """
         self._begin_in_fork()
         if self._is_closed.is_set():
             raise RuntimeError("the compile service is closed")
         future: Future[JobResult] = Future()
         with self._lock:
+            if self._waiting >= self._idle and len(self._threads) < self._num_workers:
+                try:
+                    self._add_thread()
+                except RuntimeError as error:
+                    if not self._threads:  # Nobody would ever take it.
+                        future.set_exception(_unavailable(job, error))
+                        return future
             self._waiting += 1
-            if self._waiting > self._idle and len(self._threads) < self._num_workers:
-                self._add_thread()
         self._jobs.put((job, future))
         # Last in, first out: workers must be gone before anybody removes the job's folder.
         atexit.unregister(self._end_at_exit)
@@ -168,14 +176,14 @@ class CompileService:
         thread = threading.Thread(
             target=self._serve, args=(len(self._threads),), name="precast-compile", daemon=True
         )
+        thread.start()  # Raises RuntimeError where the machine has no thread left.
         self._threads.append(thread)
         self._idle += 1
-        thread.start()
 
     def _serve(self, number: int) -> None:
         worker: WorkerProcess | None = None
         try:
-            with contextlib.suppress(CompileError):  # Closed before it has begun.
+            with contextlib.suppress(Exception):  # A job tries again, and says what is wrong.
                 worker = self._start(number)
             while (item := self._jobs.get()) is not None and not self._is_closed.is_set():
                 job, future = item
@@ -185,8 +193,9 @@ class CompileService:
                 if future.set_running_or_notify_cancel():
                     try:
                         if worker is None or not worker.is_alive:
-                            if worker is not None:
-                                self._end(worker)
+                            ended, worker = worker, None
+                            if ended is not None:
+                                self._end(ended)
                             worker = self._start(number)
                         run = _Run(job, worker)
                         try:
@@ -194,8 +203,15 @@ class CompileService:
                         finally:
                             worker = run.worker
                         future.set_result(result)
-                    except BaseException as error:  # noqa: BLE001 - it belongs to the future.
+                    except CompileError as error:
                         future.set_exception(error)
+                    except BaseException as error:  # noqa: BLE001 - the thread lives on.
+                        future.set_exception(_unavailable(job, error))
+                        # It may be at this job still, and would answer the next one with it.
+                        ended, worker = worker, None
+                        if ended is not None:
+                            with contextlib.suppress(Exception):
+                                self._end(ended)
                 with self._lock:
                     self._idle += 1
             if item is not None:
@@ -224,7 +240,7 @@ class CompileService:
 
     def _run(self, run: _Run, number: int) -> JobResult:
         """Run one job to its end, and tell of it."""
-        run.worker.wait_until_ready(self._clock, self._is_closed)
+        self._wait_until_ready(run)
         started = self._clock()
         code: str | None = "compile-crashed"
         compiler = None
@@ -253,6 +269,16 @@ class CompileService:
                         run.worker.pid,
                     )
                 )
+
+    def _wait_until_ready(self, run: _Run) -> None:
+        if run.worker.wait_until_ready(self._clock, self._is_closed):
+            return
+        self._end(run.worker)  # It reads nothing, and what is sent fits into no pipe, perhaps.
+        if self._is_closed.is_set():
+            raise CompileError(run.job.name, "worker", "the compile service was closed")
+        raise CompileUnavailableError(
+            run.job.name, "worker", f"it was not ready after {START_S:g} s"
+        )
 
     def _limit_s(self, job: CompileJob) -> float:
         return self._timeout_s if job.is_reported else max(self._timeout_s, _PREPARING_S)
@@ -328,7 +354,7 @@ class CompileService:
                         raise crash from None
                 run.attempts += 1
                 run.worker = self._start(number)
-                run.worker.wait_until_ready(self._clock, self._is_closed)
+                self._wait_until_ready(run)
 
     @staticmethod
     def _result(
@@ -349,6 +375,11 @@ class CompileService:
             timing=tuple(answer.get("timing", ())),
             source=answer.get("source"),
         )
+
+
+def _unavailable(job: CompileJob, error: BaseException) -> CompileUnavailableError:
+    """Return what a job is told of an error that is neither its own nor its worker's."""
+    return CompileUnavailableError(job.name, "worker", in_words(error))
 
 
 class _Run:

@@ -24,7 +24,7 @@ from precast.cache.scratch import OwnFolder
 from precast.errors import CompileCrashedError
 
 _TERMINATE_S = 1.0  # Between asking a worker to end and making it.
-_START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
+START_S = 120.0  # For a worker's imports: 9 s on a cold machine with a GPU.
 _STDERR_BYTES = 4000
 _SAMPLE_S = 0.2
 
@@ -33,10 +33,32 @@ class WorkerProcess:
     """One worker process and the pipes to it. Used by one thread."""
 
     def __init__(self, environment: Mapping[str, str], memory_bytes: int | None, nice: int) -> None:
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`.
-        # Should both be killed, the next collection of a cache removes it.
-        self._own_folder = OwnFolder("worker")
-        self._folder = self._own_folder.make()
+        """Start the process.
+
+        Raises:
+            OSError: The system gives no process, file or folder.
+        """
+        with contextlib.ExitStack() as undo:
+            self._stderr: IO[bytes] = undo.enter_context(tempfile.TemporaryFile())
+            # Should both be killed, the next collection of a cache removes it.
+            self._own_folder = OwnFolder("worker")
+            undo.callback(self._own_folder.close)
+            self._folder = self._own_folder.make()
+            self._selector = undo.enter_context(selectors.DefaultSelector())
+            self._process = self._begin(environment, memory_bytes, nice)
+            undo.pop_all()  # `end` closes them.
+        self.pid = self._process.pid
+        self._known: set[int] = set()
+        self._buffer = b""
+        self._is_ready = False
+        self._is_ended = False
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+
+    def _begin(
+        self, environment: Mapping[str, str], memory_bytes: int | None, nice: int
+    ) -> subprocess.Popen[bytes]:
         env = {
             **{name: value for name, value in os.environ.items() if name != "TMPDIR"},
             # A killed g++ leaves its files behind: it asks TMPDIR, then TMP for a place. Python
@@ -50,32 +72,27 @@ class WorkerProcess:
             "TORCH_WARM_POOL": "0",  # Inductor's own pool of workers.
             **environment,
         }
-        self._process = start_child(
-            "precast.background.worker", nice, env, self._stderr, self._folder
-        )
-        self.pid = self._process.pid
-        self._known: set[int] = set()
-        self._buffer = b""
-        self._is_ready = False
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        return start_child("precast.background.worker", nice, env, self._stderr, self._folder)
 
     @property
     def is_alive(self) -> bool:
         """Whether the process has not ended."""
         return self._process.poll() is None
 
-    def wait_until_ready(self, clock: Callable[[], float], stop: threading.Event) -> None:
-        """Wait for the worker's imports, outside of a piece's own time. One that dies is found out
-        by the next `send` or `receive`.
+    def wait_until_ready(self, clock: Callable[[], float], stop: threading.Event) -> bool:
+        """Wait for the worker's imports, outside of a piece's own time; return whether they ended.
+
+        False: `stop` is set, or they take too long. One that dies is found out by the next `send`
+        or `receive`.
         """
         if self._is_ready:
-            return
-        with contextlib.suppress(EOFError):
-            answer = self.receive(clock() + _START_S, clock, stop)
-            self._is_ready = answer is not None and "ready" in answer
+            return True
+        try:
+            answer = self.receive(clock() + START_S, clock, stop)
+        except EOFError:
+            return True
+        self._is_ready = answer is not None
+        return self._is_ready
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Write one message.
@@ -134,6 +151,9 @@ class WorkerProcess:
 
     def end(self) -> None:
         """Terminate the worker and what it started, then kill it. Returns when it is gone."""
+        if self._is_ended:  # Its number may be another process's by now.
+            return
+        self._is_ended = True
         if self._process.poll() is None:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from precast.cache import CacheLoader, CacheStorage
     from precast.config import CompilationConfig
 
-#: Codes of what depends on the piece and the compiler alone; all others are the machine's matter.
-SHARED_CODES = frozenset({"compile-failed", "verify-mismatch", "trace-on-start", "capture-failed"})
+#: Codes of what depends on the piece and the compiler, or the model, alone; all others are the
+#: machine's matter.
+SHARED_CODES = frozenset(
+    {"compile-failed", "verify-mismatch", "trace-on-start", "capture-failed", "split-failed"}
+)
 
 #: Clocks of machines may differ by that; one that is further in the future is not believed.
 _CLOCK_SLACK_S = 300.0

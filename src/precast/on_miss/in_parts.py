@@ -96,19 +96,19 @@ class InParts:
         from precast.cache.scratch import OwnFolder
         from precast.compilers.job import CompileJob
 
-        with OwnFolder("cut") as folder:
-            job = CompileJob(
-                piece=piece.to_json(),
-                name=name,
-                directory=str(Path(folder.path) / "cut"),
-                compilers=(CUTTER,),
-                verify=False,  # Each part is; the whole may not fit.
-                is_reported=False,
-            )
-            try:
+        try:
+            with OwnFolder("cut") as folder:
+                job = CompileJob(
+                    piece=piece.to_json(),
+                    name=name,
+                    directory=str(Path(folder.path) / "cut"),
+                    compilers=(CUTTER,),
+                    verify=False,  # Each part is; the whole may not fit.
+                    is_reported=False,
+                )
                 done = self._submit(job).result()
-            except CompileError:
-                return None
+        except (CompileError, OSError):
+            return None
         return None if done.compiler is None else dict(done.details)
 
     def _join(

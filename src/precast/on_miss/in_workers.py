@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 from precast.behind import give_way
 from precast.compilers.job import CompileJob, JobResult
-from precast.errors import CompileError, PrecastError, Reason
+from precast.errors import (
+    CompileError,
+    CompileUnavailableError,
+    PrecastError,
+    Reason,
+    in_words,
+)
 from precast.events import Emit, PieceCompiled, PieceFailed, PieceVerified, VerifyMismatched
 from precast.on_miss.in_parts import most_parts
 from precast.on_miss.in_process import REMEDY
@@ -23,6 +29,7 @@ from precast.piece_result import PieceResult, unless_slower
 
 if TYPE_CHECKING:
     from precast.cache.failures import FailureMemory
+    from precast.cache.scratch import OwnFolder
     from precast.compilers.chosen import ChosenCompilers
     from precast.config import CompilationConfig
     from precast.on_miss.fallback import Fallback
@@ -133,6 +140,8 @@ class InWorkers:
         except (CompileError, CancelledError) as error:
             if isinstance(error, CancelledError) or not is_open():
                 return self.call_off(miss)  # By us: it says nothing of the piece.
+            if isinstance(error, CompileUnavailableError):
+                return self._fallback.fail(miss.piece, miss.name, error.reason)  # Nor does that.
             is_killed = getattr(error, "signal", None) == signal.SIGKILL
             return self._in_parts_or_eager(miss, error.reason, max_parts, is_killed=is_killed)
         give_way()
@@ -232,7 +241,7 @@ class Batch:
     def __init__(
         self,
         workers: InWorkers,
-        folder: str,
+        folder: OwnFolder,
         take: Callable[[Miss, PieceResult], None],
         is_open: Callable[[], bool],
         *,
@@ -243,14 +252,14 @@ class Batch:
 
         Args:
             workers: Compile.
-            folder: Gets a directory for each miss.
+            folder: Gets a directory for each miss; made for the first.
             take: Is given what became of each, as soon as it is known.
             is_open: Whether the workers were not ended meanwhile.
             max_parts: In how many parts a piece may be compiled.
             may_wait: Whether another process may be waited for.
         """
         self._workers = workers
-        self._folder = Path(folder)
+        self._folder = folder
         self._take = take
         self._max_parts = max_parts
         self._may_wait = may_wait
@@ -273,8 +282,13 @@ class Batch:
 
     def start(self, miss: Miss) -> Future[JobResult]:
         """Have a worker compile a piece."""
-        directory = self._folder / str(miss.number)
-        directory.mkdir()
+        try:
+            directory = Path(self._folder.make(), str(miss.number))
+            directory.mkdir()
+        except OSError as error:
+            failed: Future[JobResult] = Future()
+            failed.set_exception(CompileUnavailableError(miss.name, "worker", in_words(error)))
+            return failed
         return self._workers.submit(miss, directory)
 
     def finish(self, miss: Miss, future: Future[JobResult], still_ours: Callable[[], bool]) -> None:

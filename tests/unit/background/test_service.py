@@ -2,16 +2,24 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from precast.background import service as service_module
 from precast.background import worker
 from precast.background.service import CompileService
 from precast.compilers.job import CompileJob
-from precast.errors import CompileCrashedError, CompileMemoryError, CompileTimeoutError
+from precast.errors import (
+    CompileCrashedError,
+    CompileMemoryError,
+    CompileTimeoutError,
+    CompileUnavailableError,
+)
 from precast.events import CompileStarted, Event, JobFinished
 from unit.compilers.example_pieces import TINY
 
@@ -248,6 +256,105 @@ def test_a_limit_beyond_what_an_alarm_takes_is_no_limit(tmp_path: Path) -> None:
     with CompileService(1, timeout_s=1e12, environment=COLD) as service:
         following = job(tmp_path, "eager").replace(verify=False)
         assert service.submit(following).result().compiler == "eager"
+
+
+class Worker:
+    """A worker in no process, which answers every job at once."""
+
+    num_to_fail = 0
+    pid = os.getpid()
+    is_alive = True
+
+    def __init__(self, *_: object) -> None:
+        self.requests: list[Mapping[str, Any]] = []
+        self.is_ended = False
+        if Worker.num_to_fail:
+            Worker.num_to_fail -= 1
+            raise OSError(24, "Too many open files")
+
+    def wait_until_ready(self, *_: object) -> bool:
+        return True
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        self.requests.append(request)
+
+    def receive(self, *_: object) -> dict[str, Any]:
+        request = self.requests[-1]
+        return {"id": request["id"], "compiler": request["compilers"][0], "failures": []}
+
+    def end(self) -> None:
+        self.is_ended = True
+
+    kill = end
+
+    def remove_folder(self, _: float) -> None:
+        pass
+
+
+@pytest.fixture
+def planted_workers(monkeypatch: pytest.MonkeyPatch) -> type[Worker]:
+    monkeypatch.setattr(service_module, "WorkerProcess", Worker)
+    monkeypatch.setattr(Worker, "num_to_fail", 0)
+    return Worker
+
+
+def test_a_worker_that_cannot_be_started_fails_its_job_and_no_other(
+    tmp_path: Path, planted_workers: type[Worker]
+) -> None:
+    """At the start of its thread and for the first job; the second finds one."""
+    planted_workers.num_to_fail = 2
+    with CompileService(1) as service:
+        first, second = (service.submit(job(tmp_path, "eager")) for _ in range(2))
+        with pytest.raises(CompileUnavailableError, match="Too many open files"):
+            first.result(60)
+        assert second.result(60).compiler == "eager"
+        assert len(service._threads) == 1
+
+
+def test_a_job_ends_where_no_thread_can_be_started(
+    tmp_path: Path, planted_workers: type[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with CompileService(2) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            service.prestart()
+            failed = service.submit(job(tmp_path, "eager"))
+        with pytest.raises(CompileUnavailableError, match="new thread"):
+            failed.result(60)
+        assert service.submit(job(tmp_path, "eager")).result(60).compiler == "eager"
+
+
+def test_a_listener_that_ends_its_thread_ends_a_job_alone(
+    tmp_path: Path, planted_workers: type[Worker]
+) -> None:
+    """The worker may be at that job still, and is not asked for the next."""
+    num_told = 0
+
+    def leave_once(event: Event) -> None:
+        nonlocal num_told
+        num_told += 1
+        if num_told == 1:
+            raise SystemExit(3)
+
+    with CompileService(1, emit=leave_once) as service:
+        with pytest.raises(CompileUnavailableError, match="SystemExit"):
+            service.submit(job(tmp_path, "eager")).result(60)
+        assert service.submit(job(tmp_path, "eager")).result(60).compiler == "eager"
+        [worker] = service._workers
+        assert len(worker.requests) == 1  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_never_gets_ready_ends_its_job(
+    tmp_path: Path, planted_workers: type[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "wait_until_ready", lambda *_: False)
+    with CompileService(1) as service:
+        with pytest.raises(CompileUnavailableError, match="not ready"):
+            service.submit(job(tmp_path, "eager")).result(60)
+        assert service._workers == []
 
 
 def is_running(pid: int) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future
 from pathlib import Path
 
+import pytest
+
 from precast.compilers.job import CompileFailure, CompileJob, JobResult
-from precast.errors import CompileError
+from precast.errors import CompileError, CompileUnavailableError
 from unit.compilers.example_pieces import TINY
 from unit.planted_manager import Planted, Setup, try_again
 
@@ -41,4 +43,28 @@ def test_a_compile_that_was_called_off_says_nothing_of_the_piece(tmp_path: Path)
     assert result.compiler == "eager"
     assert result.record is not None
     assert not setup.manager.failures.still_stands(result.record)
+    assert len(try_again(tmp_path).service.jobs) == 1
+
+
+def test_a_worker_that_cannot_be_had_says_nothing_of_the_piece(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, Planted(), CompileUnavailableError("tiny", "worker", "no more files"))
+    [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.compiler == "eager"
+    assert result.reason is not None
+    assert "no more files" in result.reason.message
+    assert result.record is not None
+    assert not setup.manager.failures.still_stands(result.record)
+    assert len(try_again(tmp_path).service.jobs) == 1
+
+
+def test_without_a_place_for_temporary_files_pieces_run_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(tmp_path, Planted())
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+        [result] = setup.manager.compile([TINY], ["tiny"])
+    assert result.compiler == "eager"
+    assert result.reason is not None
+    assert "FileNotFoundError" in result.reason.message
     assert len(try_again(tmp_path).service.jobs) == 1
