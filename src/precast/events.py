@@ -81,7 +81,7 @@ class PieceFailed(Event):
 
 
 class FailureRemembered(Event):
-    """A piece was not tried: an earlier try failed, and its reason still holds."""
+    """A piece, or a model's capture, was not tried: an earlier try failed, and its reason holds."""
 
     piece: str
     key: str
@@ -391,7 +391,7 @@ class ModelReady(Event):
 
 
 class StartBrokenOff(Event):
-    """A start was ended by an error that is raised to the caller, or by Ctrl-C."""
+    """A start was ended by Ctrl-C, or by an error of ours; the call runs eager, or it is raised."""
 
     model: str
 
