@@ -141,7 +141,8 @@ class CompileService:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # A listener may release the model.
+                thread.join()
         while True:
             try:
                 item = self._jobs.get_nowait()
@@ -185,8 +186,14 @@ class CompileService:
         try:
             with contextlib.suppress(Exception):  # A job tries again, and says what is wrong.
                 worker = self._start(number)
-            while (item := self._jobs.get()) is not None and not self._is_closed.is_set():
+            while not self._is_closed.is_set():  # By a listener perhaps, in this thread.
+                item = self._jobs.get()
+                if item is None:
+                    break
                 job, future = item
+                if self._is_closed.is_set():
+                    future.cancel()
+                    break
                 with self._lock:
                     self._waiting -= 1
                     self._idle -= 1
@@ -214,8 +221,6 @@ class CompileService:
                                 self._end(ended)
                 with self._lock:
                     self._idle += 1
-            if item is not None:
-                item[1].cancel()
         finally:
             if worker is not None:
                 self._end(worker)

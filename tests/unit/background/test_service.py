@@ -347,6 +347,24 @@ def test_a_listener_that_ends_its_thread_ends_a_job_alone(
         assert len(worker.requests) == 1  # type: ignore[attr-defined]
 
 
+def test_a_listener_may_close_the_service(tmp_path: Path, planted_workers: type[Worker]) -> None:
+    """It is told from the service's own thread, which cannot wait for itself."""
+    errors: list[BaseException] = []
+
+    def close(event: Event) -> None:
+        try:
+            service.close()
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    service = CompileService(1, emit=close)
+    service.submit(job(tmp_path, "eager")).exception(60)
+    assert errors == []
+    service._threads[0].join(60)
+    assert service._workers == []
+
+
 def test_a_worker_that_never_gets_ready_ends_its_job(
     tmp_path: Path, planted_workers: type[Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
