@@ -116,10 +116,12 @@ class BackgroundWriter:
                     self._changed.notify_all()
                     return
                 tier, job = self._jobs.popleft()
-            try:
-                job()
-            except Exception as error:  # noqa: BLE001 - the next job is not to blame
-                self._report(tier, f"{type(error).__name__}: {error}")
+            # Whatever a listener raises that is told: the next job is not to blame.
+            with suppress(BaseException):
+                try:
+                    job()
+                except Exception as error:  # noqa: BLE001 - anything that a tier may raise
+                    self._report(tier, f"{type(error).__name__}: {error}")
 
     def _report(self, tier: str, problem: str) -> None:
         failure = StoreError(tier, "write behind", problem)

@@ -211,6 +211,19 @@ def test_a_job_that_raises_does_not_stop_the_others(
     assert [type(event) for event in events] == [TierFailed]
 
 
+def test_a_listener_that_ends_its_thread_does_not_stop_the_jobs() -> None:
+    def leave(_: Event) -> None:
+        raise SystemExit(3)
+
+    done: list[str] = []
+    writer = BackgroundWriter(["far"], leave)
+    writer.submit("far", lambda: 1 // 0)
+    writer.submit("far", lambda: done.append("next"))
+
+    assert writer.flush(20)
+    assert done == ["next"]
+
+
 def test_the_thread_ends_with_its_work(writer: BackgroundWriter) -> None:
     for _ in range(3):
         writer.submit("far", lambda: None)
