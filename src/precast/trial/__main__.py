@@ -9,6 +9,7 @@ and error are the model's, for whatever its code prints.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -30,6 +31,9 @@ def main() -> int:
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
 
         def tell(**message: Any) -> None:
+            # What the model printed so far comes before what is said of it.
+            with contextlib.suppress(AttributeError, ValueError, OSError):
+                sys.stdout.flush()
             channel.write(json.dumps(message, default=str) + "\n")
             channel.flush()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -272,7 +273,12 @@ def test_a_unix_socket_will_do(redis_server: RedisServer, client: Any, tmp_path:
         *("--unixsocket", str(path)),
     ]
     server.start()  # Which is when its port answers: the socket comes a moment later.
-    wait_until(path.exists)
+
+    def answers() -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            return not connection.connect_ex(str(path))
+
+    wait_until(answers)
     try:
         tier = RedisCache(f"unix://{path}", db="1")
         tier.knock(1.0)
