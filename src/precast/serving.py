@@ -266,7 +266,9 @@ class CompiledModel:
                 )
             )
             return True
-        weights = list(self.owner.parameters()) if self.owner is not None else []
+        if not torch.is_grad_enabled():
+            return False  # Walking a model takes a while.
+        weights = self.owner.parameters() if self.owner is not None else ()
         return self._records_gradients([*weights, *tensors])
 
     def _records_gradients(self, tensors: Iterable[Any]) -> bool:
