@@ -259,14 +259,6 @@ class Assemblies:
         """Let none serve any more."""
         self._dispatcher.loaded = ()
 
-    def why_refuted(self, key: str) -> Reason | None:
-        """Return why a call's kind is not compiled: what was made of it was wrong, in service."""
-        failures = self._session.manager.failures
-        failure = failures.recall(key)
-        if failure is None or failure["reason"]["code"] != "verify-mismatch":
-            return None
-        return failures.explain(failure)
-
     def _refute(
         self,
         loaded: LoadedAssembly,
@@ -303,11 +295,10 @@ class Assemblies:
         except Exception:  # noqa: BLE001 - out of memory, say: then nobody knows.
             wrong = {}
         if wrong:
-            throw_out(session, loaded, wrong)
+            names = throw_out(session, loaded, wrong)
             failures.forget(key)
-            names = {number: name for number, name in reversed(loaded.assembly.slots)}
             reason = reason.replace(
-                message=f"{message}{', '.join(names[i] for i in wrong)} is at fault and was thrown "
+                message=f"{message}{', '.join(names)} is at fault and was thrown "
                 "away with the assembly; the model runs eager",
                 remedy="Report it, with the piece's text; a new start compiles all else",
             )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from precast.binding import Binding, bind
+from precast.binding import CAPTURED_AGAIN, Binding, bind
 from precast.contract import Contract, decode, encode
 from precast.errors import ArtifactIncompatibleError, Reason
 from precast.machine import python_identity
@@ -220,7 +220,7 @@ class LoadedAssembly:
         except CannotPack as problem:
             return Reason(
                 "outside-contract",
-                f"a weight cannot be packed: {problem}; the model is captured again",
+                f"a weight cannot be packed: {problem}{CAPTURED_AGAIN}",
                 "Nothing to do: the new capture has an assembly of its own",
             )
         except LookupError as error:

@@ -29,6 +29,9 @@ from precast.contract import (
 )
 from precast.errors import Reason
 
+#: Ends a reason for not binding: what is done about it.
+CAPTURED_AGAIN = "; the model is captured again"
+
 
 class Binding:
     """One contract checked against one model: the weights, and a cheap "is it still so?".
@@ -128,14 +131,14 @@ def bind(
     except Mismatch as mismatch:
         return Reason(
             "outside-contract",
-            f"{mismatch}; the model is captured again",
+            f"{mismatch}{CAPTURED_AGAIN}",
             "Nothing to do: the new capture has an assembly of its own",
         )
 
 
 def what_differs(reason: Reason) -> str:
     """Return what a reason for not binding says, without what is done about it."""
-    return reason.message.partition("; the model is captured again")[0]
+    return reason.message.removesuffix(CAPTURED_AGAIN)
 
 
 class Mismatch(Exception):  # noqa: N818 - a finding that is answered, not an error that is shown.

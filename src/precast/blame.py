@@ -63,8 +63,11 @@ def find_wrong_pieces(
 
 def throw_out(
     session: Session, loaded: LoadedAssembly, wrong: Mapping[int, tuple[Piece, str]]
-) -> None:
-    """Take wrong pieces out of every tier, with their code, and remember that they were wrong."""
+) -> list[str]:
+    """Take wrong pieces out of every tier, with their code, and remember that they were wrong.
+
+    Returns their names.
+    """
     names = {number: name for number, name in reversed(loaded.assembly.slots)}
     manager = session.manager
     for number, (piece, problem) in wrong.items():
@@ -78,6 +81,7 @@ def throw_out(
         manager.failures.remember(manager.compilers.work_name(piece), reason, (reason.code,))
         manager.stored.discard(record, with_code=True)
         session.emit(VerifyMismatched(names[number], record["key"], reason))
+    return [names[number] for number in wrong]
 
 
 def throw_all_out(session: Session, loaded: LoadedAssembly) -> None:

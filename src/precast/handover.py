@@ -36,11 +36,7 @@ def is_served(request: Request) -> bool:
             key, target.function, args, kwargs, request.started, request.gpu
         ):
             return True
-    refuted = target.assemblies.why_refuted(key)
     with target.assemblies.lock:
-        if refuted is not None:
-            target.why_eager.give_up(request.signature, refuted)
-            return True
         if target.is_full(request.signature):
             return True
     return target.is_known_to_fail(

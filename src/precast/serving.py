@@ -9,10 +9,11 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _CODES_OF_CAPTURES = frozenset(
     {"capture-failed", "split-failed", "compile-timeout", "compile-memory"}
 )
+_CODES_IN_SERVICE = frozenset({"verify-mismatch"})
 
 
 class CompiledModel:
@@ -266,13 +268,14 @@ class CompiledModel:
                 )
             )
             return True
-        if not torch.is_grad_enabled():
-            return False  # Walking a model takes a while.
         weights = self.owner.parameters() if self.owner is not None else ()
-        return self._records_gradients([*weights, *tensors])
+        return self._records_gradients(itertools.chain(weights, tensors))
 
     def _records_gradients(self, tensors: Iterable[Any]) -> bool:
-        """Tell whether a call with these tensors records gradients; it is to run eager then."""
+        """Tell whether a call with these tensors records gradients; it is to run eager then.
+
+        They are only walked where gradients are recorded at all: a model has many.
+        """
         if not torch.is_grad_enabled() or not any_requires_grad(tensors):
             return False
         self._note_gradients()
@@ -327,10 +330,6 @@ class CompiledModel:
             )
             return None
         if self.is_full(signature):
-            return None
-        refuted = self.assemblies.why_refuted(key)
-        if refuted is not None:
-            self.why_eager.give_up(signature, refuted)
             return None
         own_args = args[self._num_owners :]
         if self.is_known_to_fail(signature, key, self.function, own_args, kwargs):
@@ -398,6 +397,8 @@ class CompiledModel:
     ) -> bool:
         """Give a signature up where an earlier capture failed and would again; return whether so.
 
+        Or where what was made of such a call was found to be wrong in service.
+
         Args:
             signature: Of the call.
             key: Of what serves it.
@@ -407,19 +408,26 @@ class CompiledModel:
         """
         from precast.capture.circumstances import attempt_key
 
-        attempt = attempt_key(key, function, self.owner, args, kwargs)
-        self._attempts[signature] = attempt
-        if self.session.config.on_error == "raise":
-            return False  # The error itself is wanted, and not that there was one.
-        failures = self.session.manager.failures
-        failure = failures.recall(attempt)
-        if failure is None or failure["reason"]["code"] not in _CODES_OF_CAPTURES:
-            return False
-        reason = failures.explain(failure)
-        self.session.emit(FailureRemembered(self.session.name, attempt, reason))
+        reason = self._recall(key, _CODES_IN_SERVICE)
+        if reason is None:
+            attempt = attempt_key(key, function, self.owner, args, kwargs)
+            self._attempts[signature] = attempt
+            if self.session.config.on_error == "raise":
+                return False  # The error itself is wanted, and not that there was one.
+            reason = self._recall(attempt, _CODES_OF_CAPTURES)
+            if reason is None:
+                return False
+            self.session.emit(FailureRemembered(self.session.name, attempt, reason))
         with self.assemblies.lock:
             self._give_up(signature, reason)
         return True
+
+    def _recall(self, work: str, codes: Collection[str]) -> Reason | None:
+        failures = self.session.manager.failures
+        failure = failures.recall(work)
+        if failure is None or failure["reason"]["code"] not in codes:
+            return None
+        return failures.explain(failure)
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str) -> Request:
         """Return a call as it is before it runs, to be compiled behind."""

@@ -358,13 +358,18 @@ def meets_lazy_view(node: Node) -> bool:
     `z.conj()` only marks that it is to be conjugated, and `z.conj().imag` that it is to be negated;
     compiled code reads the memory beneath.
     """
-    return any(map(_is_lazy, map(value_of, [node, *node.all_input_nodes])))
+    return any(_any_tensor(value_of(n), _is_lazy) for n in (node, *node.all_input_nodes))
 
 
-def _is_lazy(value: Any) -> bool:
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return tensor.is_neg() or tensor.is_conj()
+
+
+def _any_tensor(value: Any, is_so: Callable[[torch.Tensor], bool]) -> bool:
+    """Tell whether something is so of a tensor, or of one in a tuple or list at any depth."""
     if isinstance(value, torch.Tensor):
-        return value.is_neg() or (value.is_complex() and value.is_conj())
-    return isinstance(value, tuple | list) and any(map(_is_lazy, value))
+        return is_so(value)
+    return isinstance(value, tuple | list) and any(_any_tensor(item, is_so) for item in value)
 
 
 def unbacked_symbols(value: Any) -> set[Any]:
@@ -395,7 +400,7 @@ def unsupported_nodes(graph: torch.fx.Graph) -> dict[Node, None]:
     found: dict[Node, None] = {}
     unusual: set[Node] = set()
     for node in graph.nodes:
-        is_made = _is_unusual(value_of(node)) or (is_call(node) and _quantizes(node))
+        is_made = _any_tensor(value_of(node), _is_unusual) or (is_call(node) and _quantizes(node))
         is_read = not unusual.isdisjoint(node.all_input_nodes)
         if is_call(node) and (is_made or is_read):
             found[node] = None
@@ -410,12 +415,8 @@ def _quantizes(node: Node) -> bool:
     return short_name(node) in _QUANTIZES or (is_operator and namespace_of(target) == "quantized")
 
 
-def _is_unusual(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_is_unusual, value))
-    return isinstance(value, torch.Tensor) and (
-        value.is_quantized or value.is_nested or value.layout is not torch.strided
-    )
+def _is_unusual(tensor: torch.Tensor) -> bool:
+    return tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided
 
 
 def is_empty_factory(node: Node) -> bool:
