@@ -10,7 +10,6 @@ It never traces while a call runs, and never compiles. How an assembly comes to 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import os
@@ -36,7 +35,7 @@ from precast.background.skeleton import CannotSendError, hollow
 from precast.behind import NAME, give_way, work_behind
 from precast.binding import bind, what_differs
 from precast.blueprint import Blueprint, slot_of, slot_table
-from precast.breakable import Breakable, BrokenOffError
+from precast.breakable import Breakable, EndingThread
 from precast.contract import Contract
 from precast.errors import (
     CaptureError,
@@ -138,12 +137,8 @@ class BackgroundCompiler:
     def __init__(self) -> None:
         self.gate = CallGate()
         self._state = state = _State()
-        # Started here, and not by the first call, which is to be answered at once. A daemon: the
-        # interpreter does not wait for it at exit.
-        state.thread = threading.Thread(
-            target=_serve, args=(state, self.gate), name=NAME, daemon=True
-        )
-        atexit.register(state.end_at_exit)
+        # Started here, and not by the first call, which is to be answered at once.
+        state.thread = EndingThread(_serve, state, self.gate, name=NAME, end=state.end_at_exit)
         state.thread.start()
         self._let_go = weakref.finalize(self, state.call_off)  # Holds no reference to us.
         self._let_go.atexit = False
@@ -173,7 +168,6 @@ class BackgroundCompiler:
     def forget(self) -> None:
         """Let go of everything without ending it: for a fork, which has no claim to it."""
         self._let_go.detach()
-        atexit.unregister(self._state.end_at_exit)
 
     def describe(self) -> dict[str, Any]:
         """Return what is going on, as plain data."""
@@ -226,7 +220,7 @@ class _State:
             with self.condition:
                 current = self.current
 
-    def end_at_exit(self) -> None:
+    def end_at_exit(self, _: threading.Thread) -> None:
         """End them before the interpreter ends the thread, wherever that is."""
         if os.getpid() == self.pid:
             self.call_off()
@@ -236,15 +230,10 @@ class _State:
 
 def _serve(state: _State, gate: CallGate) -> None:
     work_behind()
-    try:
-        while request := _next_request(state):
-            assert state.child is not None
-            _serve_one(state, gate, request, state.child)
-            del request
-    except BrokenOffError:
-        pass
-    finally:
-        atexit.unregister(state.end_at_exit)
+    while request := _next_request(state):
+        assert state.child is not None
+        _serve_one(state, gate, request, state.child)
+        del request
 
 
 def _next_request(state: _State) -> Request | None:

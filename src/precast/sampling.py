@@ -7,7 +7,6 @@ only if it shows again when both are run anew: weights may have been changed in 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dis
 import queue
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from precast.background.ambient import Ambient
-from precast.breakable import Breakable, BrokenOffError
+from precast.breakable import PATIENCE_S, Breakable, EndingThread
 from precast.compilers.verify import TOLERANCES
 
 #: Times a piece's tolerance: a model is many pieces, each of which may be that far from eager.
@@ -85,21 +84,21 @@ class Sampler:
         if self._breakable.is_over or (self._thread is not None and self._thread.is_alive()):
             return
         self._breakable = breakable = Breakable()  # One for each thread: a fork's has its own.
-        self._thread = threading.Thread(
-            target=self._check_all, args=(breakable,), name="precast-sample", daemon=True
-        )
-        atexit.register(breakable.break_off)
+        samples = self._samples
+
+        def end(thread: threading.Thread) -> None:
+            breakable.break_off()
+            with contextlib.suppress(queue.Full):  # Else it has one, and is not let in.
+                samples.put_nowait(None)
+            thread.join(PATIENCE_S)
+
+        self._thread = EndingThread(self._check_all, breakable, name="precast-sample", end=end)
         with contextlib.suppress(RuntimeError):  # The process is about to end.
             self._thread.start()
 
     def _check_all(self, breakable: Breakable) -> None:
-        try:
-            while self._check_next(breakable):
-                threading.Event().wait(_PAUSE_S)
-        except BrokenOffError:
-            pass
-        finally:
-            atexit.unregister(breakable.break_off)
+        while self._check_next(breakable):
+            threading.Event().wait(_PAUSE_S)
 
     def _check_next(self, breakable: Breakable) -> bool:
         """Wait for a sample and check it; False: there is none, or no need of another one."""

@@ -5,13 +5,15 @@ How the model gets into another process is `background/capture.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
 from precast.binding import bind, what_differs
+from precast.breakable import PATIENCE_S, Breakable, EndingThread
 from precast.capture.fingerprint import like_example
 from precast.contract import Contract
 from precast.errors import PrecastError, Reason
@@ -23,6 +25,31 @@ if TYPE_CHECKING:
 
 # A start has better things to do than to look twice.
 REVALIDATION_DELAY_S = 10.0
+
+
+class _CallingOff:
+    """What is under way, to be called off whenever that began."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+        self._ends: list[Callable[[], None]] = []
+
+    def ask(self) -> None:
+        """Call everything off, now and from now on."""
+        self.is_asked.set()
+        for end in list(self._ends):
+            end()
+
+    @contextlib.contextmanager
+    def told(self, end: Callable[[], None]) -> Iterator[None]:
+        """Have `end` called if this is called off within the block, or was before."""
+        self._ends.append(end)
+        try:
+            if self.is_asked.is_set():
+                end()
+            yield
+        finally:
+            self._ends.remove(end)
 
 
 class SecondLook:
@@ -37,7 +64,7 @@ class SecondLook:
         self.why_not: str | None = None  # Why a second look was left out.
         self._session = session
         self._throw_away = throw_away
-        self._call_off: list[Callable[[], None]] = []
+        self._calling_off = _CallingOff()
 
     def disproves(
         self,
@@ -102,15 +129,20 @@ class SecondLook:
         from precast.background.ambient import Ambient
 
         ambient = Ambient.now(is_on_gpu=loaded.gpu is not None)
-        called_off = threading.Event()
-        self._call_off.append(called_off.set)
+        calling_off, breakable = self._calling_off, Breakable()
 
         def run() -> None:
-            if not called_off.wait(REVALIDATION_DELAY_S):
-                self._look(loaded, function, owner, args, kwargs, ambient)
+            if not calling_off.is_asked.wait(REVALIDATION_DELAY_S):
+                with breakable:
+                    self._look(loaded, function, owner, args, kwargs, ambient)
 
-        # A daemon: the interpreter does not wait for it at exit, and the child ends with its pipe.
-        threading.Thread(target=run, name="precast-revalidate", daemon=True).start()
+        def end(thread: threading.Thread) -> None:
+            calling_off.ask()
+            breakable.break_off()
+            thread.join(PATIENCE_S)
+
+        with contextlib.suppress(RuntimeError):  # The process is about to end.
+            EndingThread(run, name="precast-revalidate", end=end).start()
 
     def _look(
         self,
@@ -131,24 +163,22 @@ class SecondLook:
         from precast.background.skeleton import CannotSendError
 
         child = CaptureChild()
-        self._call_off.append(child.end)
         started = time.perf_counter()
         try:
-            texts, contract = child.texts(
-                dump_model(function, owner),
-                dump_call(args, kwargs),
-                self._session.config,
-                self._session.passes,
-                loaded.assembly.packs,
-                ambient,
-            )
+            with self._calling_off.told(child.end):
+                texts, contract = child.texts(
+                    dump_model(function, owner),
+                    dump_call(args, kwargs),
+                    self._session.config,
+                    self._session.passes,
+                    loaded.assembly.packs,
+                    ambient,
+                )
         except (CannotSendError, PrecastError, OSError, ValueError) as problem:
             self.why_not = str(problem)
             return None
         except CalledOffError:
             return None
-        finally:
-            self._call_off.remove(child.end)
         with ambient.around() as is_alike:
             bound = None
             if is_alike and contract is not None:
@@ -168,5 +198,4 @@ class SecondLook:
 
     def call_off(self) -> None:
         """Let what is under way come to nothing."""
-        for call_off in list(self._call_off):
-            call_off()
+        self._calling_off.ask()

@@ -446,10 +446,11 @@ def test_an_exit_leaves_nothing_behind(stage: str, tmp_path: Path) -> None:
 
 _EXIT_INSIDE = """
 import sys, threading, time, torch, precast
-from precast import progressive
+from precast import progressive, second_look
 from precast.sampling import Sampler
 from system.models import Filed, compiled, make_net
 inside = {}
+second_look.REVALIDATION_DELAY_S = 0
 
 def work_for_ever(*args, **kwargs):
     x = torch.ones(256, 256)
@@ -459,7 +460,13 @@ def work_for_ever(*args, **kwargs):
         except Exception:
             pass
 
-progressive.draw_call = work_for_ever
+progressive.draw_call = second_look.SecondLook._look = work_for_ever
+for _ in range(2):
+    folder = sys.argv[1] + "-warm"
+    warm, _ = compiled(make_net(), folder, compiler=Filed(), revalidate="background")
+    with torch.no_grad():
+        warm(torch.ones(3, 8))
+    precast.wait(warm)
 model = make_net()
 model.lock = threading.Lock()  # It cannot be sent.
 model, _ = compiled(model, sys.argv[1], compiler=Filed(), mode="progressive", on_error="eager")
@@ -468,12 +475,13 @@ with torch.no_grad():
     model(torch.ones(3, 8))
     sampler(torch.ones(3))
 deadline = time.monotonic() + 60
-while len(inside) < 2:
+while len(inside) < 3:
     assert time.monotonic() < deadline, inside
     time.sleep(0.01)
 if sys.argv[2] == "released":
     progressive._RELEASE_TRACING_S = progressive._RELEASE_S = 0.1
     precast.release(model)
+    precast.release(warm)
 print(*sorted(inside))
 """
 
@@ -491,7 +499,7 @@ def test_an_exit_breaks_off_what_traces_and_what_checks(when: str, tmp_path: Pat
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["precast-behind", "precast-sample"]
+    assert done.stdout.split() == ["precast-behind", "precast-revalidate", "precast-sample"]
     assert "Traceback" not in done.stderr
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +98,36 @@ def test_a_fork_breaks_nothing_off() -> None:
     breakable.break_off()
     thread.join(20)
     assert said == ["broken off"]
+
+
+_LAST_STEP = """
+import threading, time, torch
+from precast.breakable import EndingThread
+
+class Kept:
+    def __del__(self):  # As the tensors of a large model, which take a while.
+        began.set()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        print("let go", flush=True)
+
+began = threading.Event()
+EndingThread(print, Kept(), name="a", end=lambda thread: thread.join(30)).start()
+began.wait(30)
+print("exit", flush=True)
+"""
+
+
+def test_the_interpreter_waits_until_a_thread_has_let_go_of_everything() -> None:
+    """Its function has returned long since; torch's code under way would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LAST_STEP],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["exit", "let go"]
