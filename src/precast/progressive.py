@@ -2,10 +2,9 @@
 
 One `BackgroundCompiler` serves one model with all its blocks. Its thread has a call captured (in a
 child process; in this one, between two calls, only where the model cannot be sent, or is not the
-same there), has the pieces
-compiled in workers, those of most use first, and fills the slots of an assembly as each is there.
-It never traces while a call runs, and never compiles. How an assembly comes to serve is
-`handover.py`'s business, when a call is worth compiling `serving.py`'s.
+same there), and the pieces compiled in workers. It never traces while a call runs, and never
+compiles. How an assembly grows is `growth.py`'s business, how it comes to serve `handover.py`'s,
+when a call is worth compiling `serving.py`'s.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from precast import handover
-from precast.assembly import Bound, LoadedAssembly, open_assembly
 from precast.background.ambient import Ambient
 from precast.background.capture import (
     CalledOffError,
@@ -34,7 +32,6 @@ from precast.background.capture import (
 from precast.background.skeleton import CannotSendError, hollow
 from precast.behind import NAME, give_way, work_behind
 from precast.binding import bind, what_differs
-from precast.blueprint import Blueprint, slot_of, slot_table
 from precast.breakable import Breakable, EndingThread
 from precast.contract import Contract
 from precast.errors import (
@@ -44,17 +41,15 @@ from precast.errors import (
     TracedCodeRaisedError,
     as_capture_error,
 )
-from precast.events import CaptureFinished, FellBack, PlanMade, SlotSwapped
-from precast.piece_result import PieceResult, pending_result
+from precast.events import CaptureFinished, FellBack, PlanMade
+from precast.growth import Growth
 from precast.runtime.collector import no_collection
 from precast.runtime.gate import CallGate, HeldUp
 from precast.runtime.gpu import gpu_of, on_gpu
-from precast.tryout import run_once
 
 if TYPE_CHECKING:
     from precast.background.capture import Captured
-    from precast.graph.piece import Piece
-    from precast.runtime.slot import SlotTable
+    from precast.blueprint import Blueprint
     from precast.serving import CompiledModel
 
 # How long is waited for the thread: at exit, where it was broken off, and when a model is released.
@@ -262,7 +257,7 @@ def _serve_one(state: _State, gate: CallGate, request: Request, child: CaptureCh
             return
         state.doing = "compiling"
         with on_gpu(captured.blueprint.gpu):
-            _Growth(state, request, captured).run()
+            Growth(request, captured.blueprint, lambda: state.is_ended).run()
     except CalledOffError:
         pass
     except BaseException as error:  # noqa: BLE001 - a mistake of ours must not stop a model.
@@ -397,137 +392,3 @@ def _capture_here(
                     remedy,
                 )
             )
-
-
-class _Growth:
-    """An assembly whose pieces land one by one.
-
-    Until the first compiled one is there, calls run as they did. From then on the model runs
-    stitched, the pieces that are still missing as text. Nothing here keeps the model: a job may
-    take for ever.
-    """
-
-    def __init__(self, state: _State, request: Request, captured: Captured) -> None:
-        self._state = state
-        self._request = request
-        self._blueprint: Blueprint = captured.blueprint
-        self._results = [self._pending(piece) for piece in self._blueprint.pieces]
-        self._eager_calls = [result.call for result in self._results]
-        self._installed: weakref.ref[LoadedAssembly] | None = None
-
-    def _pending(self, piece: Piece) -> PieceResult:
-        self._give_way()
-        with no_collection():
-            return pending_result(piece)
-
-    def run(self) -> None:
-        """Have all pieces compiled; install, swap and publish."""
-        request, blueprint = self._request, self._blueprint
-        if self._state.is_ended:
-            raise CalledOffError
-        results = request.session.manager.compile(
-            blueprint.pieces,
-            blueprint.names,
-            order=blueprint.order_of_worth(),
-            on_result=self._take,
-            is_wanted=lambda: not self._state.is_ended,
-        )
-        if self._state.is_ended:
-            raise CalledOffError
-        self._results = results
-        loaded = self._install() if self._installed is None else self._loaded
-        handover.complete(request, loaded, blueprint.assembly(results), results)
-
-    @property
-    def _loaded(self) -> LoadedAssembly:
-        """What serves as far as it has grown.
-
-        Raises:
-            CalledOffError: It was thrown away, perhaps with the model.
-        """
-        loaded = None if self._installed is None else self._installed()
-        if loaded is None:
-            raise CalledOffError
-        return loaded
-
-    def _take(self, number: int, result: PieceResult) -> None:
-        self._give_way()
-        before = self._results[number]
-        self._results[number] = result
-        if self._installed is None:
-            if result.compiler != "eager":
-                self._install()
-            return
-        loaded = self._loaded
-        self._try_out(loaded, [number])
-        with no_collection():
-            assembly = self._blueprint.assembly(self._results)
-            if result.ranges and before.ranges != result.ranges:
-                # Calls inside go on with the slots that they have: the new code may not be for
-                # them.
-                successor = open_assembly(
-                    assembly,
-                    loaded.key,
-                    self._slots(),
-                    self._request.function,
-                    loaded.gpu,
-                )
-                handover.replace(self._request, loaded, successor)
-                self._installed = weakref.ref(successor)
-            else:
-                loaded.assembly = assembly
-                for index, (piece, name) in enumerate(self._blueprint.slots):
-                    if piece == number:
-                        loaded.slots.swap(index, result.call, slot_of(name, result))
-        self._tell([number])
-
-    def _give_way(self) -> None:
-        """Let calls get their turn, and stop here where nobody wants the result any more."""
-        give_way()
-        if self._state.is_ended:
-            raise CalledOffError
-
-    def _install(self) -> LoadedAssembly:
-        request = self._request
-        with no_collection():
-            assembly = self._blueprint.assembly(self._results)
-        self._give_way()
-        loaded = handover.open_for(request, assembly, self._slots(), self._blueprint.gpu)
-        everything = range(len(self._results))
-        self._try_out(loaded, everything)
-        handover.admit(request, loaded)
-        self._installed = weakref.ref(loaded)
-        self._tell(everything)
-        return loaded
-
-    def _slots(self) -> SlotTable:
-        return slot_table(self._blueprint.slots, self._results)
-
-    def _try_out(self, loaded: LoadedAssembly, numbers: Sequence[int]) -> None:
-        """Run new code once, with the model's weights: what it loads late is then no call's wait.
-
-        A GPU's kernels are opened at their first run, and a library's pages read.
-        """
-        if not isinstance(loaded.bound, Bound):
-            return
-        weights = loaded.bound.weights
-        done: set[int] = set()
-        for (number, _), group in zip(self._blueprint.slots, self._blueprint.groups, strict=True):
-            if number is None or number not in numbers or number in done:
-                continue
-            done.add(number)
-            piece, result = self._blueprint.pieces[number], self._results[number]
-            if result.compiler == "eager" or piece.mutated:
-                continue
-            self._give_way()
-            first = len(piece.inputs) - len(group)
-            known = {first + i: weights[position] for i, position in enumerate(group)}
-            with contextlib.suppress(Exception):  # A call will show what it is, if it is anything.
-                run_once(piece, result.call, self._eager_calls[number], known)
-
-    def _tell(self, numbers: Sequence[int]) -> None:
-        session = self._request.session
-        is_eager = [result.compiler == "eager" for result in self._results]
-        for index, (piece, _) in enumerate(self._blueprint.slots):
-            if piece is not None and piece in numbers and not is_eager[piece]:
-                session.emit(SlotSwapped(session.name, index, self._results[piece].compiler))

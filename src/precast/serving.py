@@ -9,19 +9,18 @@ hangs at `nn.Module`'s own place for compiled calls, so that the object, its cla
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import time
 import types
-from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from precast.assemblies import Assemblies
 from precast.assembly import LoadedAssembly
-from precast.capture.fingerprint import call_signature, model_fingerprint, tensors_in
+from precast.attempts import Attempts
+from precast.capture.fingerprint import call_signature, model_fingerprint
 from precast.contract import NO_GRADIENTS
 from precast.describe import refusals
 from precast.errors import (
@@ -35,7 +34,6 @@ from precast.errors import (
 from precast.events import (
     CallOutsideContract,
     CaptureFailed,
-    FailureRemembered,
     ModelReleased,
     StartBrokenOff,
 )
@@ -50,11 +48,14 @@ if TYPE_CHECKING:
     from precast.progressive import BackgroundCompiler, Request
 
 
-#: Of remembered failures: those after which there is nothing for a start to do.
-_CODES_OF_CAPTURES = frozenset(
-    {"capture-failed", "split-failed", "compile-timeout", "compile-memory"}
-)
-_CODES_IN_SERVICE = frozenset({"verify-mismatch"})
+class _Start(NamedTuple):
+    """A call that nothing loaded serves: `key` is of what does; `args` are with the owner."""
+
+    signature: str
+    key: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    started: float
 
 
 class CompiledModel:
@@ -103,7 +104,7 @@ class CompiledModel:
         self._gpu: int | None = None  # That of the last call off the hot path.
         self._pending: set[str] = set()  # Signatures that are compiled behind.
         self._error: PrecastError | None = None  # For `wait`, where failures are to be raised.
-        self._attempts: dict[str, str] = {}  # For each signature the capture last tried.
+        self._attempts = Attempts(session, owner)
         self._pid = os.getpid()
         self._whole = whole
         self._behind: BackgroundCompiler | None
@@ -129,6 +130,8 @@ class CompiledModel:
         if torch._C._len_torch_dispatch_stack():
             return  # Somebody traces: it would be in the graph.
         with contextlib.suppress(Exception):  # A call says what is wrong, if anything is.
+            if self.owner is not None:
+                any_requires_grad(self.owner.parameters())
             call = {"x": torch.empty(1, device="cpu")}
             Request(self, call_signature(self.function, 0, (), call), (), call)
 
@@ -147,7 +150,7 @@ class CompiledModel:
             self._note_broken_start(error)
         if isinstance(found, LoadedAssembly):
             bound = found.bound
-            if not self._records_gradients(bound.weights):
+            if not self.why_eager.records_gradients(bound.weights):
                 return self.dispatcher.run(found, bound, args, kwargs)
             found = None
         if callable(found):
@@ -194,7 +197,7 @@ class CompiledModel:
         if os.getpid() != self._pid:
             self._follow_fork()
         self._follow_forward()
-        if self._is_eager or self._must_stay_eager(args, kwargs):
+        if self._is_eager or self.why_eager.must_run_eager(self.owner, args, kwargs):
             return None, None
         with self.assemblies.lock:
             if self._traced is not None:
@@ -207,7 +210,7 @@ class CompiledModel:
                 return loaded, None
             if self.why_eager.has_given_up(signature) or signature in self._pending:
                 return None, None
-            if torch.is_grad_enabled() and self._is_refused_for_gradients(args, kwargs):
+            if self._is_refused_for_gradients(args, kwargs):
                 return None, None
             loaded = self._start(args, kwargs, signature)
             if loaded is not None:
@@ -236,9 +239,7 @@ class CompiledModel:
     def _take_back(self, signature: str) -> None:
         """Forget that a call could not be compiled: eager failed as well, the call is at fault."""
         with self.assemblies.lock:
-            attempt = self._attempts.get(signature)
-            if attempt is not None:
-                self.session.manager.failures.forget(attempt)
+            self._attempts.forget(signature)
             if self.why_eager.take_back(signature):
                 for block in self.blocks:
                     block.detach()
@@ -251,50 +252,13 @@ class CompiledModel:
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return call_signature(self.function, self._num_owners, args[self._num_owners :], kwargs)
 
-    def _must_stay_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
-            return True  # Somebody traces through the model: let them see its own code.
-        if forward_ad._current_level >= 0:
-            self._note_gradients()  # Perhaps: which tensors have tangents costs more to ask.
-            return True
-        tensors = list(tensors_in((args, kwargs)))
-        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
-            self.why_eager.note(
-                Reason(
-                    "outside-contract",
-                    "an argument is a conjugate or negative view, which compiled code would read "
-                    "without its sign; such calls run eager",
-                    "Pass tensor.resolve_conj() or tensor.resolve_neg()",
-                )
-            )
-            return True
-        weights = self.owner.parameters() if self.owner is not None else ()
-        return self._records_gradients(itertools.chain(weights, tensors))
-
-    def _records_gradients(self, tensors: Iterable[Any]) -> bool:
-        """Tell whether a call with these tensors records gradients; it is to run eager then.
-
-        They are only walked where gradients are recorded at all: a model has many.
-        """
-        if not torch.is_grad_enabled() or not any_requires_grad(tensors):
-            return False
-        self._note_gradients()
-        return True
-
-    def _note_gradients(self) -> None:
-        self.why_eager.note(
-            Reason(
-                "grad-enabled",
-                "the call records gradients, which compiled code does not; it ran eager",
-                "Call the model under torch.inference_mode() or torch.no_grad()",
-            )
-        )
-
     def _is_refused_for_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a call would be compiled but that a tensor deep within it has gradients."""
+        """Tell whether a call would be served but that a tensor deep within it has gradients."""
+        if not torch.is_grad_enabled():
+            return False
         for loaded in self.assemblies.loaded:
             if (loaded.why_not(args, kwargs) or "").endswith(NO_GRADIENTS):
-                self._note_gradients()
+                self.why_eager.note_gradients()
                 return True
         return False
 
@@ -308,9 +272,9 @@ class CompiledModel:
         # Looking it up takes longer than many a call: that is done behind as well, unless no
         # other thread can take on the state that this one is in.
         if not is_behind or torch._C._len_torch_function_stack():
-            key = self.assembly_key(signature)
+            start = _Start(signature, self.assembly_key(signature), args, kwargs, started)
             with no_collection():
-                loaded = self._load(key, args, kwargs, started)
+                loaded = self._load(start)
             if loaded is not None:
                 return loaded
         if is_behind:
@@ -332,46 +296,39 @@ class CompiledModel:
         if self.is_full(signature):
             return None
         own_args = args[self._num_owners :]
-        if self.is_known_to_fail(signature, key, self.function, own_args, kwargs):
+        if self.is_known_to_fail(signature, start.key, self.function, own_args, kwargs):
             return None
         if self.assemblies.loaded:
             self._report_outside(args, kwargs)
         try:
-            return self._take_turn(key, args, kwargs, signature, started)
+            return self._take_turn(start)
         except BaseException:
             self.session.emit(StartBrokenOff(self.session.name))
             raise
 
-    def _load(
-        self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], started: float
-    ) -> LoadedAssembly | None:
-        return self.assemblies.load(key, self.function, args, kwargs, started, self._gpu)
+    def _load(self, start: _Start) -> LoadedAssembly | None:
+        return self.assemblies.load(
+            start.key, self.function, start.args, start.kwargs, start.started, self._gpu
+        )
 
-    def _take_turn(
-        self,
-        key: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        signature: str,
-        started: float,
-    ) -> LoadedAssembly | None:
+    def _take_turn(self, start: _Start) -> LoadedAssembly | None:
         """Capture and compile, or load what another process made of it meanwhile."""
         is_raised = self.session.config.on_error == "raise"
         # Of the processes that miss this at once, one captures and compiles; the others load.
         with self.session.manager.turn(
-            self._attempts[signature],
-            lambda: self.assemblies.is_new(key),
-            lambda: self._load(key, args, kwargs, started),
+            self._attempts.of(start.signature),
+            lambda: self.assemblies.is_new(start.key),
+            lambda: self._load(start),
         ) as found:
             if found is not None:
                 return found
             try:
-                return self._compile(key, args, kwargs, signature, started)
+                return self._compile(start)
             except Exception as error:
                 # A mistake of ours must not stop a model that runs without us.
                 if is_raised:
                     raise
-                self._fall_back(signature, as_capture_error(self.session.name, error))
+                self._fall_back(start.signature, as_capture_error(self.session.name, error))
         return None
 
     def is_full(self, signature: str) -> bool:
@@ -395,9 +352,7 @@ class CompiledModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> bool:
-        """Give a signature up where an earlier capture failed and would again; return whether so.
-
-        Or where what was made of such a call was found to be wrong in service.
+        """Give a signature up where a capture is known to be in vain; return whether so.
 
         Args:
             signature: Of the call.
@@ -406,28 +361,12 @@ class CompiledModel:
             args: The call's, without the owner.
             kwargs: The call's.
         """
-        from precast.capture.circumstances import attempt_key
-
-        reason = self._recall(key, _CODES_IN_SERVICE)
+        reason = self._attempts.why_in_vain(signature, key, function, args, kwargs)
         if reason is None:
-            attempt = attempt_key(key, function, self.owner, args, kwargs)
-            self._attempts[signature] = attempt
-            if self.session.config.on_error == "raise":
-                return False  # The error itself is wanted, and not that there was one.
-            reason = self._recall(attempt, _CODES_OF_CAPTURES)
-            if reason is None:
-                return False
-            self.session.emit(FailureRemembered(self.session.name, attempt, reason))
+            return False
         with self.assemblies.lock:
             self._give_up(signature, reason)
         return True
-
-    def _recall(self, work: str, codes: Collection[str]) -> Reason | None:
-        failures = self.session.manager.failures
-        failure = failures.recall(work)
-        if failure is None or failure["reason"]["code"] not in codes:
-            return None
-        return failures.explain(failure)
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str) -> Request:
         """Return a call as it is before it runs, to be compiled behind."""
@@ -463,18 +402,12 @@ class CompiledModel:
 
     # -- cold -----------------------------------------------------------------
 
-    def _compile(
-        self,
-        key: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        signature: str,
-        started: float,
-    ) -> LoadedAssembly | None:
+    def _compile(self, start: _Start) -> LoadedAssembly | None:
         """Capture and compile a call; None: it is served by Dynamo, or not at all."""
         from precast.blueprint import slot_table
         from precast.cold_start import MustTrace, capture_and_compile
 
+        signature, key, args, kwargs, started = start
         own_args = args[self._num_owners :]
         try:
             blueprint, results = capture_and_compile(
@@ -493,7 +426,7 @@ class CompiledModel:
         self.assemblies.note_start(loaded, time.perf_counter() - started, results)
         problem = loaded.why_not(args, kwargs)
         if problem is not None and problem.endswith(NO_GRADIENTS):
-            self._note_gradients()
+            self.why_eager.note_gradients()
             return None
         if problem is not None:
             # Compiled for less than this call asks (overlapping arguments, a narrowed range).
@@ -506,12 +439,11 @@ class CompiledModel:
 
     def keep(self, loaded: LoadedAssembly, key: str, signature: str) -> None:
         """Publish an assembly, where each of its pieces can be found again."""
-        if not self.assemblies.publish(loaded, key):
-            self._note_unkept(
-                signature, Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
-            )
-        elif (attempt := self._attempts.get(signature)) is not None:
-            self.session.manager.failures.forget(attempt)
+        if self.assemblies.publish(loaded, key):
+            self._attempts.forget(signature)
+        else:
+            reason = Reason("compile-failed", "a piece cannot be kept", "Nothing to do")
+            self._attempts.remember(signature, reason)
 
     def _trace_on_start(self, problem: str, signature: str) -> None:
         """Let Dynamo keep the guards: pieces still come from the cache, tracing is not saved."""
@@ -523,7 +455,7 @@ class CompiledModel:
             "Keep such values out of what the model reads in forward",
         )
         self.why_eager.note(reason)
-        self._note_unkept(signature, reason)
+        self._attempts.remember(signature, reason)
 
         def note_failed_call(error: Exception) -> None:
             self.why_eager.note_failed_call(error)
@@ -555,15 +487,6 @@ class CompiledModel:
 
     # -- when it does not work ---------------------------------------------------
 
-    def _note_unkept(self, signature: str, reason: Reason, code: str | None = None) -> None:
-        """Remember that a capture leaves nothing to load: nobody need wait for it, or repeat it.
-
-        `code` says in whose place it happens, where that is not what the reason is about.
-        """
-        attempt = self._attempts.get(signature)
-        if attempt is not None:
-            self.session.manager.failures.remember(attempt, reason, (code or reason.code,))
-
     def _fall_back(self, signature: str, error: PrecastError) -> None:
         if self._is_eager:
             return  # It was released meanwhile, and everything called off.
@@ -572,7 +495,8 @@ class CompiledModel:
             self.session.emit(CaptureFailed(self.session.name, error.reason))
         if not isinstance(error, CaptureAbortedError):
             is_crash = isinstance(error, CaptureCrashedError)
-            self._note_unkept(signature, error.reason, "compile-crashed" if is_crash else None)
+            code = "compile-crashed" if is_crash else None
+            self._attempts.remember(signature, error.reason, code)
 
     def _give_up(self, signature: str, reason: Reason) -> None:
         """Run calls of a signature eager; of a model without a graph, compile the blocks within."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.autograd import forward_ad
+
+from precast.capture.fingerprint import tensors_in
 from precast.errors import CaptureAbortedError, Reason
 from precast.events import FellBack
+from precast.runtime.dispatch import any_requires_grad
 
 if TYPE_CHECKING:
     from precast.session import Session
@@ -33,6 +40,55 @@ class WhyEager:
         ):
             self.reasons.append(reason)
             self._session.emit(FellBack(self._session.name, None, reason))
+
+    def must_run_eager(
+        self, owner: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Tell whether a call is one that no compiled code may serve, and note why.
+
+        Args:
+            owner: The module that is called; None: a function is.
+            args: The call's.
+            kwargs: The call's.
+        """
+        if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+            return True  # Somebody traces through the model: let them see its own code.
+        if forward_ad._current_level >= 0:
+            self.note_gradients()  # Perhaps: which tensors have tangents costs more to ask.
+            return True
+        tensors = list(tensors_in((args, kwargs)))
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            self.note(
+                Reason(
+                    "outside-contract",
+                    "an argument is a conjugate or negative view, which compiled code would read "
+                    "without its sign; such calls run eager",
+                    "Pass tensor.resolve_conj() or tensor.resolve_neg()",
+                )
+            )
+            return True
+        weights = owner.parameters() if owner is not None else ()
+        return self.records_gradients(itertools.chain(weights, tensors))
+
+    def records_gradients(self, tensors: Iterable[Any]) -> bool:
+        """Tell whether a call with these tensors records gradients, and note it.
+
+        They are only walked where gradients are recorded at all: a model has many.
+        """
+        if not torch.is_grad_enabled() or not any_requires_grad(tensors):
+            return False
+        self.note_gradients()
+        return True
+
+    def note_gradients(self) -> None:
+        """Note that a call ran eager since it records gradients."""
+        self.note(
+            Reason(
+                "grad-enabled",
+                "the call records gradients, which compiled code does not; it ran eager",
+                "Call the model under torch.inference_mode() or torch.no_grad()",
+            )
+        )
 
     def note_failed_call(self, error: BaseException) -> None:
         """Note that compiled code raised, and eager answered the call."""
