@@ -79,6 +79,7 @@ def __getattr__(name: str) -> object:
         value = getattr(import_module(_HOME[name]), name)
     finally:
         if was_enabled:
+            gc.collect(0)  # Only what is new, or the full collection follows right away.
             gc.enable()
     globals()[name] = value
     return value

@@ -15,6 +15,7 @@ from precast.config import CompilationConfig, is_switched_off
 from precast.describe import describe
 from precast.errors import ConfigError, Reason
 from precast.events import Event
+from precast.runtime.collector import no_collection
 from precast.runtime.dispatch import Dispatcher
 from precast.serving import CompiledModel, attach
 from precast.session import open_session
@@ -38,6 +39,7 @@ def compile(
     listeners: Iterable[Callable[[Event], None]] = (),
     **settings: Any,
 ) -> Callable[[ModelT], ModelT]: ...
+@no_collection()  # It would fall due in the first call else, which is to be answered at once.
 def compile(
     model: Any = None,
     config: CompilationConfig | None = None,

@@ -272,8 +272,8 @@ class CompiledModel:
         # Looking it up takes longer than many a call: that is done behind as well, unless no
         # other thread can take on the state that this one is in.
         if not is_behind or torch._C._len_torch_function_stack():
-            start = _Start(signature, self.assembly_key(signature), args, kwargs, started)
             with no_collection():
+                start = _Start(signature, self.assembly_key(signature), args, kwargs, started)
                 loaded = self._load(start)
             if loaded is not None:
                 return loaded

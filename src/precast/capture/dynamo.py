@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from precast.capture.call_check import require_tensor, signature_of
+from precast.capture.call_check import all_different, require_tensor, signature_of
 from precast.capture.digests import code_digests, own_code
 from precast.capture.dynamic_shapes import mark_dynamic, unmark_dynamic
 from precast.capture.entry_code import EntryCode
@@ -110,10 +110,7 @@ class Capture:
         ]
         if len(arguments) > 1:
             # As Dynamo does: one object at two places changes what `x is y` says.
-            ids = ", ".join(f"id({argument})" for argument in arguments)
-            writer.require(
-                f"len({{{ids}}}) == {len(arguments)}", "no two tensor arguments are one object"
-            )
+            writer.require(all_different(arguments), "no two tensor arguments are one object")
         written = [
             writer.place(parse_place(self.sources[name]))
             for name in self.entry.arguments
