@@ -72,15 +72,19 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     # Making classes and functions sets the collector off; with torch's objects alive one full
-    # collection takes longer than all of a warm start.
+    # collection takes longer than all of a warm start. As `runtime/collector.py`, which cannot be
+    # imported from here: everything imports this module.
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        if was_enabled:
+            gc.disable()
         value = getattr(import_module(_HOME[name]), name)
     finally:
         if was_enabled:
-            gc.collect(0)  # Only what is new, or the full collection follows right away.
-            gc.enable()
+            try:
+                gc.collect(0)
+            finally:
+                gc.enable()
     globals()[name] = value
     return value
 

@@ -39,7 +39,6 @@ def compile(
     listeners: Iterable[Callable[[Event], None]] = (),
     **settings: Any,
 ) -> Callable[[ModelT], ModelT]: ...
-@no_collection()  # It would fall due in the first call else, which is to be answered at once.
 def compile(
     model: Any = None,
     config: CompilationConfig | None = None,
@@ -74,10 +73,13 @@ def compile(
                 "compile it with one of both: leave out model.compile()",
             )
         name = f"{type(model).__name__}"
-        session = open_session(name, config, settings, listeners)
+        # A collection would fall due in the first call else, which is to be answered at once.
+        with no_collection():
+            session = open_session(name, config, settings, listeners)
         release(model)  # Now that the settings are known to be usable.
         if not session.is_disabled:
-            attach(model, session)
+            with no_collection():
+                attach(model, session)
         return model
     function = model
     if isinstance(function, types.MethodType) or not isinstance(function, types.FunctionType):
@@ -87,10 +89,11 @@ def compile(
             "an nn.Module or a plain function",
             "Wrap it: precast.compile(lambda *args: thing(*args))",
         )
-    session = open_session(function.__qualname__, config, settings, listeners)
-    if session.is_disabled:
-        return function
-    compiled = CompiledModel(function, None, session)
+    with no_collection():
+        session = open_session(function.__qualname__, config, settings, listeners)
+        if session.is_disabled:
+            return function
+        compiled = CompiledModel(function, None, session)
 
     dispatcher = compiled.dispatcher
 

@@ -15,10 +15,9 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
-#: How long the end of a process waits at most: for one operator, say, which is not broken off.
+#: How long the end of a process waits at most, for all threads: one operator is not broken off.
 PATIENCE_S = 10.0
 
 # It may be lost: in a `finally`, or to who catches everything. Then it is raised once more.
@@ -78,7 +77,7 @@ class EndingThread(threading.Thread):
         work: Callable[..., None],
         *args: object,
         name: str,
-        end: Callable[[threading.Thread], None],
+        end: Callable[[float], None],
     ) -> None:
         """Start nothing yet.
 
@@ -86,11 +85,10 @@ class EndingThread(threading.Thread):
             work: What it does. It may be broken off.
             *args: What that is called with.
             name: Of the thread.
-            end: Given the thread, ends it, and waits for that while there is hope. Does not refer
-                to what has the thread, which would live on with it.
+            end: Lets it end, wherever it is; may wait for that as many seconds as it is given.
         """
         super().__init__(target=work, args=args, name=name, daemon=True)
-        self._end = end
+        self._end: Callable[[float], None] | None = end
 
     def start(self) -> None:
         """Start it.
@@ -98,29 +96,50 @@ class EndingThread(threading.Thread):
         Raises:
             RuntimeError: The machine has no thread left, or the interpreter is about to end.
         """
-        super().start()
-        if not _started:
-            atexit.register(_end_all)
-        _started.add(self)
+        for thread in list(_started):
+            if not thread.is_alive() and thread.ident is not None:
+                _started.discard(thread)
+        _started.add(self)  # Before: whoever starts it may be interrupted.
+        try:
+            super().start()
+        except RuntimeError:
+            _started.discard(self)
+            raise
 
     def run(self) -> None:
         """Do the work."""
-        with contextlib.suppress(BrokenOffError):
-            super().run()
+        try:
+            with contextlib.suppress(BrokenOffError):
+                super().run()
+        finally:
+            self._end = None  # And what it refers to, while the thread is waited for.
 
-    def end(self) -> None:
-        """Let it end, before the interpreter does."""
-        self._end(self)
+    def end(self, patience_s: float) -> None:
+        """Let it end, and wait for that so long at most, as far as it is known how."""
+        if (end := self._end) is not None:
+            end(patience_s)
 
 
-# None of them is kept: one that runs is kept by Python, until its very last step.
-_started: weakref.WeakSet[EndingThread] = weakref.WeakSet()
+# Not by weak references: these are gone before what the thread itself has.
+_started: set[EndingThread] = set()
 
 
+@atexit.register
 def _end_all() -> None:
-    for thread in list(_started):
-        if thread.is_alive():  # In a fork none is.
-            thread.end()
+    deadline = time.monotonic() + PATIENCE_S
+    interrupted: BaseException | None = None
+    # In a fork none of its parent's lives, but for the one that forked.
+    threads = [
+        it for it in list(_started) if it.is_alive() and it is not threading.current_thread()
+    ]
+    for step in (EndingThread.end, EndingThread.join):
+        for thread in threads:
+            try:
+                step(thread, max(0.0, deadline - time.monotonic()))
+            except BaseException as error:  # noqa: BLE001 - the others are to end all the same.
+                interrupted = interrupted or error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _raise_in(thread_id: int) -> None:

@@ -215,11 +215,11 @@ class _State:
             with self.condition:
                 current = self.current
 
-    def end_at_exit(self, _: threading.Thread) -> None:
+    def end_at_exit(self, patience_s: float) -> None:
         """End them before the interpreter ends the thread, wherever that is."""
         if os.getpid() == self.pid:
             self.call_off()
-            self.tracing.break_off()
+            self.tracing.break_off(patience_s)
             self.end(_EXIT_S, _EXIT_S)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from precast.background.ambient import Ambient
-from precast.breakable import PATIENCE_S, Breakable, EndingThread
+from precast.breakable import Breakable, EndingThread
 from precast.compilers.verify import TOLERANCES
 
 #: Times a piece's tolerance: a model is many pieces, each of which may be that far from eager.
@@ -86,14 +86,13 @@ class Sampler:
         self._breakable = breakable = Breakable()  # One for each thread: a fork's has its own.
         samples = self._samples
 
-        def end(thread: threading.Thread) -> None:
-            breakable.break_off()
+        def end(patience_s: float) -> None:
+            breakable.break_off(patience_s)
             with contextlib.suppress(queue.Full):  # Else it has one, and is not let in.
                 samples.put_nowait(None)
-            thread.join(PATIENCE_S)
 
         self._thread = EndingThread(self._check_all, breakable, name="precast-sample", end=end)
-        with contextlib.suppress(RuntimeError):  # The process is about to end.
+        with contextlib.suppress(RuntimeError):  # There is no thread left: nothing is checked.
             self._thread.start()
 
     def _check_all(self, breakable: Breakable) -> None:

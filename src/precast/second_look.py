@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from precast.assembly import LoadedAssembly
 from precast.binding import bind, what_differs
-from precast.breakable import PATIENCE_S, Breakable, EndingThread
+from precast.breakable import Breakable, EndingThread
 from precast.capture.fingerprint import like_example
 from precast.contract import Contract
 from precast.errors import PrecastError, Reason
@@ -136,13 +136,14 @@ class SecondLook:
                 with breakable:
                     self._look(loaded, function, owner, args, kwargs, ambient)
 
-        def end(thread: threading.Thread) -> None:
+        def end(patience_s: float) -> None:
             calling_off.ask()
-            breakable.break_off()
-            thread.join(PATIENCE_S)
+            breakable.break_off(patience_s)
 
-        with contextlib.suppress(RuntimeError):  # The process is about to end.
+        try:
             EndingThread(run, name="precast-revalidate", end=end).start()
+        except RuntimeError as problem:  # There is no thread left.
+            self.why_not = str(problem)
 
     def _look(
         self,

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from precast.breakable import Breakable, BrokenOffError
+from precast.breakable import Breakable, BrokenOffError, EndingThread
 
 
 def run(breakable: Breakable, work: Callable[[], None]) -> tuple[threading.Thread, list[str]]:
@@ -100,8 +101,22 @@ def test_a_fork_breaks_nothing_off() -> None:
     assert said == ["broken off"]
 
 
+def run_python(script: str) -> list[str]:
+    """Return the lines that a script prints; it must end by itself, and without an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 _LAST_STEP = """
-import threading, time, torch
+import sys, threading, time, torch
 from precast.breakable import EndingThread
 
 class Kept:
@@ -112,22 +127,66 @@ class Kept:
             torch.ones(64, 64) @ torch.ones(64, 64)
         print("let go", flush=True)
 
-began = threading.Event()
-EndingThread(print, Kept(), name="a", end=lambda thread: thread.join(30)).start()
+began, own, go = threading.Event(), threading.local(), threading.Event()
+
+def keep(kept):
+    own.kept = kept
+
+def start():
+    kept = Kept()
+    if WHERE == "argument":
+        EndingThread(lambda _: go.wait(), kept, name="a", end=lambda _: None).start()
+    elif WHERE == "local":
+        made = [kept]
+        EndingThread(
+            lambda: go.wait() and keep(made.pop()), name="a", end=lambda _: None
+        ).start()
+    else:
+        EndingThread(lambda: go.wait(), name="a", end=lambda _, kept=kept: None).start()
+
+start()
+go.set()  # Now the thread alone has it.
 began.wait(30)
 print("exit", flush=True)
 """
 
 
-def test_the_interpreter_waits_until_a_thread_has_let_go_of_everything() -> None:
+@pytest.mark.parametrize("where", ["argument", "local", "end"])
+def test_the_interpreter_waits_until_a_thread_has_let_go_of_everything(where: str) -> None:
     """Its function has returned long since; torch's code under way would abort the process."""
-    done = subprocess.run(
-        [sys.executable, "-c", _LAST_STEP],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["exit", "let go"]
+    assert run_python(f"WHERE = {where!r}\n{_LAST_STEP}") == ["exit", "let go"]
+
+
+_ONE_FAILS = """
+import sys, threading
+from precast.breakable import EndingThread
+for number in range(4):
+    leave = threading.Event()
+    def work(leave=leave):
+        leave.wait()
+        sys.stdout.write("ended" + chr(10))
+    def end(_, leave=leave, number=number):
+        if number == 1:
+            leave.set()
+            raise KeyboardInterrupt
+        leave.set()
+    EndingThread(work, name="a", end=end).start()
+"""
+
+
+def test_all_are_ended_though_one_cannot_be() -> None:
+    assert run_python(_ONE_FAILS) == ["ended"] * 4
+
+
+def test_a_thread_that_has_ended_keeps_nothing() -> None:
+    class Kept:
+        pass
+
+    kept = Kept()
+    gone = weakref.ref(kept)
+    thread = EndingThread(lambda _: None, kept, name="a", end=lambda _, kept=kept: None)
+    thread.start()
+    del kept
+    thread.join(20)
+    assert gone() is None
+    thread.end(0)

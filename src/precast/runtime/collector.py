@@ -14,11 +14,15 @@ def no_collection() -> Iterator[None]:
     A large assembly is thousands of small lists. One full collection, over everything that torch
     holds, takes longer than all of a start, and every thread waits for it.
     """
+    # Only who found it on turns it off, and on again: another thread may do the same meanwhile.
     is_collecting = gc.isenabled()
-    gc.disable()
     try:
+        if is_collecting:
+            gc.disable()
         yield
     finally:
         if is_collecting:
-            gc.collect(0)  # Only what is new, or the full collection follows right away.
-            gc.enable()
+            try:
+                gc.collect(0)  # Only what is new, or the full collection follows right away.
+            finally:
+                gc.enable()

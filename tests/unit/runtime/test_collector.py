@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from precast.runtime import collector
+from precast.runtime.collector import no_collection
 
 _START = """
 import gc, sys
@@ -41,3 +45,41 @@ def test_compile_leaves_no_collection_to_the_first_call(mode: str, tmp_path: Pat
         env={**os.environ, "PYTHONPATH": source},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_another_thread_may_turn_it_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks while another has it off, which turns it on before this one would turn it off."""
+
+    class Planted:
+        """The collector, turned on by another thread right after it was asked for."""
+
+        @staticmethod
+        def isenabled() -> bool:
+            was = gc.isenabled()
+            gc.enable()
+            return was
+
+        enable, disable, collect = gc.enable, gc.disable, gc.collect
+
+    monkeypatch.setattr(collector, "gc", Planted)
+    gc.disable()
+    try:
+        with no_collection():
+            pass
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_an_interrupted_collection_leaves_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planted:
+        isenabled, enable, disable = gc.isenabled, gc.enable, gc.disable
+
+        @staticmethod
+        def collect(_: int) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collector, "gc", Planted)
+    with pytest.raises(KeyboardInterrupt), no_collection():
+        pass
+    assert gc.isenabled()
