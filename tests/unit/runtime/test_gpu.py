@@ -44,6 +44,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Pretended:
 
 def on(device: str) -> torch.Tensor:
     """Return a tensor on a device that need not be there."""
+    number = torch.device(device).index or 0
+    if torch.cuda.is_available() and number >= torch.cuda.device_count():
+        pytest.skip(
+            f"where there is a GPU, torch makes no fake tensor for a missing one ({device})"
+        )
     with FakeTensorMode():
         return torch.empty(2, device=device)
 
