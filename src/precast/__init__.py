@@ -68,23 +68,13 @@ def __getattr__(name: str) -> object:
     """Load a public name at its first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'precast' has no attribute {name!r}")
-    import gc
     from importlib import import_module
 
     # Making classes and functions sets the collector off; with torch's objects alive one full
-    # collection takes longer than all of a warm start. As `runtime/collector.py`, which cannot be
-    # imported from here: everything imports this module.
-    was_enabled = gc.isenabled()
-    try:
-        if was_enabled:
-            gc.disable()
+    # collection takes longer than all of a warm start. By name: everything imports this module,
+    # which may import nothing of what is below it.
+    with import_module("precast.runtime.collector").no_collection():
         value = getattr(import_module(_HOME[name]), name)
-    finally:
-        if was_enabled:
-            try:
-                gc.collect(0)
-            finally:
-                gc.enable()
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Why calls of a model run eager: reasons that are told once, and signatures that are given up."""
+"""Why calls of a model run eager: what no compiled code may serve, reasons, what is given up."""
 
 from __future__ import annotations
 
